@@ -1,0 +1,240 @@
+//! What was typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use overspill_io::BackendChoice;
+use overspill_train::ByteSize;
+
+/// Trains neural networks that are bigger than memory: what does not fit spills to NVMe, and comes back in time.
+#[derive(Debug, Parser)]
+#[command(name = "overspill", version, max_term_width = 100)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Train a transformer whose parameters, gradients and optimizer state live on storage
+    #[command(args_override_self = true)]
+    Train(Box<TrainArguments>),
+    /// Measure this machine, beside the best that is known
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Read and write speed of the engine, beside fio on the same file
+    Io(BenchIoArguments),
+    /// Speed of the AdamW update, beside a STREAM triad
+    Adam(BenchAdamArguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TrainArguments {
+    /// Text to train on: UTF-8 files, or JSONL files with a string field `text` [default: overspill's own sources]
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub(crate) data: Vec<PathBuf>,
+
+    /// Start from this Hugging Face folder (config.json, *.safetensors, tokenizer.json)
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "tied"])]
+    pub(crate) model: Option<PathBuf>,
+
+    /// Write the trained model to this new Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+
+    /// Existing directory on a fast disk, in which the run makes its own [default: the current directory]
+    #[arg(long, value_name = "DIR", conflicts_with = "in_memory")]
+    pub(crate) swap_dir: Option<PathBuf>,
+
+    /// Leave the swapped state on storage at the end
+    #[arg(long, requires = "swap_dir")]
+    pub(crate) keep: bool,
+
+    /// All the memory the run may take
+    #[arg(long, value_name = "SIZE", default_value = "80MiB")]
+    pub(crate) memory: ByteSize,
+
+    /// Optimizer steps
+    #[arg(long, value_name = "N", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) steps: u64,
+
+    /// Sequences per micro-batch
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = positive)]
+    pub(crate) batch: usize,
+
+    /// Tokens per sequence
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = positive)]
+    pub(crate) seq: usize,
+
+    /// Micro-batches per step
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub(crate) accumulate: usize,
+
+    /// Highest learning rate [default: 0.002 for a fresh model, 0.00001 for one of --model]
+    #[arg(long, value_name = "RATE", value_parser = non_negative)]
+    pub(crate) lr: Option<f64>,
+
+    /// Decoupled weight decay of the matrices
+    #[arg(long, value_name = "RATE", default_value_t = 0.1, value_parser = non_negative)]
+    pub(crate) weight_decay: f64,
+
+    /// AdamW's decay of the first moment
+    #[arg(long, value_name = "RATE", default_value_t = 0.9, value_parser = below_one)]
+    pub(crate) beta1: f64,
+
+    /// AdamW's decay of the second moment
+    #[arg(long, value_name = "RATE", default_value_t = 0.95, value_parser = below_one)]
+    pub(crate) beta2: f64,
+
+    /// Largest norm of the gradient; 0 never clips
+    #[arg(long, value_name = "NORM", default_value_t = 1.0, value_parser = non_negative)]
+    pub(crate) clip: f64,
+
+    /// Steps over which the learning rate rises [default: a tenth of all, at most 100]
+    #[arg(long, value_name = "N")]
+    pub(crate) warmup: Option<u64>,
+
+    /// Seed of the first weights and of the order of the data
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Decoder layers of a fresh model
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Shape of a fresh model")]
+    pub(crate) layers: usize,
+
+    /// Width of a fresh model
+    #[arg(long, value_name = "N", default_value_t = 384, help_heading = "Shape of a fresh model")]
+    pub(crate) hidden: usize,
+
+    /// Query heads of a fresh model
+    #[arg(long, value_name = "N", default_value_t = 6, help_heading = "Shape of a fresh model")]
+    pub(crate) heads: usize,
+
+    /// Key and value heads of a fresh model [default: half of the query heads, or all if they are odd]
+    #[arg(long, value_name = "N", help_heading = "Shape of a fresh model")]
+    pub(crate) kv_heads: Option<usize>,
+
+    /// Width of a fresh model's feed-forward part [default: 8/3 of the width, rounded up to a multiple of 64]
+    #[arg(long, value_name = "N", help_heading = "Shape of a fresh model")]
+    pub(crate) ffn: Option<usize>,
+
+    /// Token ids of a fresh model; text is read byte by byte, so at least 256 [default: 256]
+    #[arg(long, value_name = "N", help_heading = "Shape of a fresh model")]
+    pub(crate) vocab: Option<usize>,
+
+    /// Share the embedding's weights with the head of a fresh model
+    #[arg(long, help_heading = "Shape of a fresh model")]
+    pub(crate) tied: bool,
+
+    /// Keep everything in ordinary memory: the reference that swapping is compared with
+    #[arg(long, help_heading = "How it runs", conflicts_with_all = ["memory", "depth"])]
+    pub(crate) in_memory: bool,
+
+    /// Parts of the state that are loaded ahead and stored behind; 0 overlaps nothing [default: as the memory allows]
+    #[arg(long, value_name = "N", help_heading = "How it runs", value_parser = depth)]
+    pub(crate) depth: Option<usize>,
+
+    /// How bytes are moved: auto, io_uring or threads
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "auto",
+        env = "OVERSPILL_BACKEND",
+        help_heading = "How it runs"
+    )]
+    pub(crate) backend: BackendChoice,
+
+    /// Write the numbers of the run to this file
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub(crate) json: Option<PathBuf>,
+
+    /// No progress bar and no table
+    #[arg(long, help_heading = "Output")]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchIoArguments {
+    /// Existing directory on the disk to measure
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub(crate) dir: PathBuf,
+
+    /// Size of the file
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    pub(crate) size: ByteSize,
+
+    /// How many times each side is measured, in turns
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = positive)]
+    pub(crate) pairs: usize,
+
+    /// How bytes are moved: auto, io_uring or threads
+    #[arg(long, value_name = "NAME", default_value = "auto", env = "OVERSPILL_BACKEND")]
+    pub(crate) backend: BackendChoice,
+
+    /// Write the numbers to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchAdamArguments {
+    /// Number of parameters
+    #[arg(long, value_name = "N", default_value_t = 100_000_000, value_parser = positive)]
+    pub(crate) parameters: usize,
+
+    /// How many times each side is measured, in turns
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = positive)]
+    pub(crate) pairs: usize,
+
+    /// Write the numbers to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".to_owned()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+/// A pipeline deeper than this holds more memory than it can hide latency.
+const DEPTH_MAX: usize = 64;
+
+fn depth(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(depth) if depth <= DEPTH_MAX => Ok(depth),
+        _ => Err(format!("must be a whole number up to {DEPTH_MAX}")),
+    }
+}
+
+fn non_negative(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),
+        _ => Err("must be a number, not negative".to_owned()),
+    }
+}
+
+fn below_one(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
+        _ => Err("must be a number from 0 up to, but not including, 1".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+}

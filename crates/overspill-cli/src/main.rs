@@ -1,0 +1,57 @@
+//! The command `overspill`.
+//!
+//! What was typed ([`args`]) is resolved into what is meant, and run; everything that does the work is in the
+//! libraries. Whatever goes wrong ends in one line on standard error and an exit status: 2 for a command line that
+//! can't be understood, 130 for an interruption, 1 for the rest.
+#![forbid(unsafe_code)]
+
+mod args;
+mod bench;
+mod interrupt;
+mod output;
+mod progress;
+mod table;
+mod threads;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use overspill_train::{TrainError, report};
+
+use crate::args::{Arguments, BenchCommand, Command};
+
+/// Exit status of a program that SIGINT ended, by the shells' convention.
+const INTERRUPTED: u8 = 130;
+
+fn main() -> ExitCode {
+    // Before anything is allocated: what the process takes without having done a thing.
+    let baseline_rss_bytes = report::memory_of_process("VmHWM").unwrap_or(0);
+    let arguments = Arguments::parse();
+    let result = threads::start().and_then(|()| match arguments.command {
+        Command::Train(arguments) => train::run(&arguments, baseline_rss_bytes),
+        Command::Bench(BenchCommand::Io(arguments)) => bench::io::run(&arguments),
+        Command::Bench(BenchCommand::Adam(arguments)) => bench::adam::run(&arguments),
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::say(&format!("overspill: {}", one_line(&error)));
+            match error.downcast_ref::<TrainError>() {
+                Some(TrainError::Interrupted) => ExitCode::from(INTERRUPTED),
+                _ => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+/// The error and its causes, each said once.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line.replace('\n', " ")
+}

@@ -1,0 +1,136 @@
+//! What is seen while a run goes on: a bar on a terminal, a line now and then elsewhere, nothing if so wished.
+
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use overspill_train::ByteSize;
+use overspill_train::home::IoReport;
+use overspill_train::run::{Observer, RunFacts};
+use overspill_train::trainer::StepReport;
+
+use crate::output;
+use crate::table::thousands;
+
+/// Shows a run's progress on standard error.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    display: Display,
+    started: Instant,
+    tokens_per_step: usize,
+    steps: u64,
+}
+
+#[derive(Debug)]
+enum Display {
+    Nothing,
+    /// Lines, at most one per [`LINE_EVERY`].
+    Lines {
+        last: Option<Instant>,
+    },
+    Bar(ProgressBar),
+}
+
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+impl Progress {
+    pub(crate) fn new(quiet: bool, terminal: bool) -> Self {
+        let display = match (quiet, terminal) {
+            (true, _) => Display::Nothing,
+            (false, false) => Display::Lines { last: None },
+            (false, true) => Display::Bar(ProgressBar::no_length()),
+        };
+        Self { display, started: Instant::now(), tokens_per_step: 0, steps: 0 }
+    }
+
+    /// Takes the bar off the screen.
+    pub(crate) fn finish(&self) {
+        if let Display::Bar(bar) = &self.display {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn say(&self, text: &str) {
+        match &self.display {
+            Display::Nothing => {}
+            Display::Lines { .. } => output::say(text),
+            Display::Bar(bar) => bar.suspend(|| output::say(text)),
+        }
+    }
+
+    /// Shows a stage that goes unit by unit.
+    fn units(&self, what: &'static str, done: usize, units: usize) {
+        if let Display::Bar(bar) = &self.display {
+            if done <= 1 {
+                bar.set_style(style("{msg} [{bar:30}] {pos}/{len}"));
+                bar.set_message(what);
+                bar.set_length(units as u64);
+            }
+            bar.set_position(done as u64);
+        }
+    }
+}
+
+impl Observer for Progress {
+    fn started(&mut self, run: &RunFacts<'_>) {
+        self.tokens_per_step = run.tokens_per_step;
+        self.steps = run.steps;
+        let memory = match run.memory_budget_bytes {
+            Some(budget) => format!("in {} of memory, by {}", ByteSize(budget), run.backend),
+            None => "in ordinary memory".to_owned(),
+        };
+        let (parameters, state) = (thousands(run.parameters as u64), ByteSize(run.state_bytes));
+        self.say(&format!("training {parameters} parameters ({state} of state) {memory}"));
+        if let Some(reason) = run.degraded_reason {
+            self.noted(reason);
+        }
+    }
+
+    fn noted(&mut self, note: &str) {
+        self.say(&format!("note: {note}"));
+    }
+
+    fn initialized(&mut self, units_done: usize, units: usize) {
+        self.units("writing the first state", units_done, units);
+    }
+
+    fn stepped(&mut self, step: &StepReport, io: IoReport) {
+        if step.step == 1 {
+            self.started = Instant::now() - step.elapsed;
+        }
+        let seconds = self.started.elapsed().as_secs_f64();
+        let tokens_per_second = (self.tokens_per_step as u64 * step.step) as f64 / seconds;
+        let gbps = (io.bytes_read + io.bytes_written) as f64 / 1e9 / seconds;
+        let speed = format!("{tokens_per_second:.0} tokens/s  {gbps:.2} GB/s");
+        match &mut self.display {
+            Display::Nothing => {}
+            Display::Bar(bar) => {
+                if step.step == 1 {
+                    bar.reset();
+                    bar.set_style(style("step {pos}/{len} [{bar:30}] {msg}  {eta} left"));
+                    bar.set_length(self.steps);
+                }
+                bar.set_position(step.step);
+                bar.set_message(format!("loss {:.3}  {speed}", step.loss));
+            }
+            Display::Lines { last } => {
+                let due = last.is_none_or(|last| last.elapsed() >= LINE_EVERY) || step.step == self.steps;
+                if due {
+                    *last = Some(Instant::now());
+                    output::say(&format!(
+                        "step {}/{}  loss {:.3}  {speed}",
+                        step.step, self.steps, step.loss
+                    ));
+                }
+            }
+        }
+    }
+
+    fn exported(&mut self, units_done: usize, units: usize) {
+        self.units("writing the model", units_done, units);
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    let style = ProgressStyle::with_template(template);
+    style.expect("the templates in this file are well-formed").progress_chars("=> ")
+}

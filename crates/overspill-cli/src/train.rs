@@ -1,0 +1,125 @@
+//! `overspill train`: what was typed becomes the options of a run; the run's numbers become a table and a file.
+
+use std::io::IsTerminal;
+
+use overspill_optim::AdamWConfig;
+use overspill_train::ByteSize;
+use overspill_train::model::BatchShape;
+use overspill_train::options::{FreshShape, ModelChoice, Residence, RunOptions, StorageChoice};
+use overspill_train::plan::StepShape;
+use overspill_train::report::Summary;
+use overspill_train::run;
+use overspill_train::schedule::Schedule;
+
+use crate::args::TrainArguments;
+use crate::interrupt;
+use crate::output::{self, JsonFile};
+use crate::progress::Progress;
+use crate::table::{Table, thousands};
+
+pub(crate) fn run(arguments: &TrainArguments, baseline_rss_bytes: u64) -> anyhow::Result<()> {
+    let stop = interrupt::stop_flag()?;
+    let json = arguments.json.as_deref().map(JsonFile::prepare).transpose()?;
+    let options = options(arguments, baseline_rss_bytes);
+    let mut progress = Progress::new(arguments.quiet, std::io::stderr().is_terminal());
+    let result = run::run(&options, &stop, &mut progress);
+    progress.finish();
+    let summary = result?;
+    if let Some(json) = json {
+        json.write(&summary)?;
+    }
+    if arguments.quiet { Ok(()) } else { output::show(&table(&summary)) }
+}
+
+fn options(arguments: &TrainArguments, baseline_rss_bytes: u64) -> RunOptions {
+    let a = arguments;
+    let model = match &a.model {
+        Some(folder) => ModelChoice::Folder(folder.clone()),
+        None => ModelChoice::Fresh(FreshShape {
+            layers: a.layers,
+            hidden: a.hidden,
+            heads: a.heads,
+            kv_heads: a.kv_heads,
+            ffn: a.ffn,
+            vocab: a.vocab,
+            tied: a.tied,
+        }),
+    };
+    let residence = match a.in_memory {
+        true => Residence::Memory,
+        false => Residence::Storage(StorageChoice {
+            directory: a.swap_dir.clone(),
+            keep: a.keep,
+            backend: a.backend,
+            depth: a.depth,
+        }),
+    };
+    let learning_rate = if a.model.is_some() { LEARNING_RATE_TUNING } else { LEARNING_RATE_FRESH };
+    let warmup = a.warmup.unwrap_or((a.steps / 10).min(WARMUP_MAX));
+    RunOptions {
+        model,
+        data: a.data.clone(),
+        out: a.out.clone(),
+        residence,
+        memory: usize::try_from(a.memory.0).unwrap_or(usize::MAX),
+        shape: StepShape { batch: BatchShape { batch: a.batch, seq: a.seq }, accumulate: a.accumulate },
+        schedule: Schedule { peak: a.lr.unwrap_or(learning_rate), warmup, steps: a.steps },
+        weight_decay: a.weight_decay,
+        clip: (a.clip > 0.0).then_some(a.clip),
+        adamw: AdamWConfig { beta1: a.beta1, beta2: a.beta2, ..AdamWConfig::default() },
+        seed: a.seed,
+        baseline_rss_bytes,
+    }
+}
+
+/// Highest learning rates when the user does not say: a fresh model has everything to learn, a trained one to lose.
+const LEARNING_RATE_FRESH: f64 = 2e-3;
+const LEARNING_RATE_TUNING: f64 = 1e-5;
+
+/// Longest warm-up when the user does not say, in steps.
+const WARMUP_MAX: u64 = 100;
+
+fn table(summary: &Summary) -> Table {
+    let s = summary;
+    let size = |bytes| ByteSize(bytes).to_string();
+    let per_parameter_step = |bytes: u64| bytes as f64 / (s.parameters as f64 * s.steps.max(1) as f64);
+    let mut table = Table::default();
+    table.line("parameters", thousands(s.parameters));
+    table.line("training state", size(s.state_bytes));
+    if let (Some(budget), Some(planned)) = (s.memory_budget_bytes, s.memory_planned_bytes) {
+        table.line("memory budget", format!("{} ({} planned)", size(budget), size(planned)));
+    }
+    table.line(
+        "peak resident memory",
+        format!("{} ({} before the run)", size(s.peak_rss_bytes), size(s.baseline_rss_bytes)),
+    );
+    if s.memory_budget_bytes.is_some() {
+        table.line(
+            "moved per parameter and step",
+            format!(
+                "{:.1} bytes ({:.1} read, {:.1} written)",
+                s.bytes_per_parameter_step,
+                per_parameter_step(s.bytes_read),
+                per_parameter_step(s.bytes_written)
+            ),
+        );
+        table
+            .line("storage", format!("{:.2} GB/s read, {:.2} GB/s written", s.io_read_gbps, s.io_write_gbps));
+        table.line("hidden behind computation", format!("{:.0} % of the I/O", 100.0 * s.io_hidden_fraction));
+        table.line("backend", backend(s));
+    }
+    table.line(
+        "step",
+        format!("{:.3} s, of which the update {:.3} s", s.step_seconds_median, s.update_seconds_median),
+    );
+    table.line("speed", format!("{:.0} tokens/s", s.tokens_per_second));
+    table.line("loss", format!("{:.3} → {:.3} in {} steps", s.loss_first, s.loss_last, s.steps));
+    table
+}
+
+fn backend(summary: &Summary) -> String {
+    match &summary.degraded_reason {
+        Some(reason) => format!("{} ({reason})", summary.backend),
+        None => summary.backend.clone(),
+    }
+}

@@ -1,0 +1,9 @@
+//! The command as a user meets it: the binary is run, its output and what it leaves behind are looked at.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed, its helpers too")]
+
+mod bench;
+mod command;
+mod documents;
+mod memory;
+mod refusals;
+mod train;

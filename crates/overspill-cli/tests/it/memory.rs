@@ -1,0 +1,43 @@
+//! The budget is kept, however large the model.
+
+use serde_json::Value;
+
+use crate::command::{Place, read_json};
+
+/// Trains with a budget and returns the numbers.
+fn run(place: &Place, layers: &str, memory: &str, steps: &str) -> Value {
+    let ended = place.run(&[
+        "train", "--layers", layers, "--hidden", "256", "--heads", "4", "--ffn", "768", "--batch", "2",
+        "--seq", "64", "--steps", steps, "--memory", memory, "--json", "n.json", "--quiet",
+    ]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    read_json(&place.path("n.json"))
+}
+
+#[test]
+fn peak_memory_stays_within_the_budget_while_the_model_grows_four_fold() {
+    let place = Place::new();
+    for layers in ["8", "32"] {
+        let numbers = run(&place, layers, "48MiB", "3");
+        let number = |name: &str| numbers[name].as_u64().unwrap();
+        // What the process takes before it does anything, as `overspill --help` does.
+        let allowed = number("memory_budget_bytes") + number("baseline_rss_bytes");
+        assert!(number("baseline_rss_bytes") < 16 << 20, "{numbers}");
+        assert!(number("peak_rss_bytes") <= allowed, "{layers} layers: {numbers}");
+        assert!(number("memory_planned_bytes") <= number("memory_budget_bytes"));
+        if layers == "32" {
+            assert!(number("state_bytes") > 8 * number("memory_budget_bytes"), "{numbers}");
+        }
+    }
+}
+
+#[test]
+fn peak_memory_does_not_grow_with_the_number_of_steps() {
+    let place = Place::new();
+    let numbers = run(&place, "4", "48MiB", "200");
+    let number = |name: &str| numbers[name].as_u64().unwrap();
+    assert!(
+        number("peak_rss_bytes") <= number("memory_budget_bytes") + number("baseline_rss_bytes"),
+        "{numbers}"
+    );
+}

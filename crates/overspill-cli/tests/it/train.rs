@@ -1,0 +1,182 @@
+//! `overspill train` when all is well, and when it is told to stop.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::command::{Ended, Place, SMALL};
+
+/// The names that other programs rely on.
+const NAMES: [&str; 19] = [
+    "parameters",
+    "state_bytes",
+    "memory_budget_bytes",
+    "peak_rss_bytes",
+    "baseline_rss_bytes",
+    "bytes_read",
+    "bytes_written",
+    "bytes_per_parameter_step",
+    "io_read_gbps",
+    "io_write_gbps",
+    "io_hidden_fraction",
+    "steps",
+    "tokens_per_second",
+    "step_seconds_median",
+    "loss_first",
+    "loss_last",
+    "losses",
+    "backend",
+    "degraded_reason",
+];
+
+#[test]
+fn the_numbers_of_a_run_have_stable_names_and_make_sense() {
+    let place = Place::new();
+    let numbers = place.trained(&[]);
+    for name in NAMES {
+        assert!(numbers.get(name).is_some(), "{name}");
+    }
+    // Embedding, head, two layers, the last norm.
+    let layer = 2 * 32 + 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48;
+    let parameters = 2 * 256 * 32 + 32 + 2 * layer;
+    assert_eq!(numbers["parameters"], parameters);
+    assert_eq!(numbers["steps"], 3);
+    assert_eq!(numbers["losses"].as_array().unwrap().len(), 3);
+    let number = |name: &str| numbers[name].as_f64().unwrap();
+    let moved = number("bytes_read") + number("bytes_written");
+    assert_eq!(number("bytes_per_parameter_step"), moved / (parameters * 3) as f64);
+    // Weights three times in and once out, gradients and both moments in and out; padding and inputs come on top.
+    assert!((40.0..60.0).contains(&number("bytes_per_parameter_step")), "{numbers}");
+    assert!((0.0..=1.0).contains(&number("io_hidden_fraction")));
+    assert!(number("peak_rss_bytes") > number("baseline_rss_bytes"));
+}
+
+#[test]
+fn a_run_leaves_nothing_behind() {
+    let place = Place::new();
+    let ended = place.train(&[]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    assert!(ended.stdout.contains("parameters") && ended.stdout.contains("loss"), "{}", ended.stdout);
+    assert!(place.names().is_empty(), "{:?}", place.names());
+}
+
+#[test]
+fn the_same_seed_gives_the_same_losses_in_memory_and_on_storage_with_any_backend() {
+    let place = Place::new();
+    let reference = &place.trained(&["--in-memory", "--seed", "5"])["losses"];
+    for arguments in
+        [["--backend", "io_uring"], ["--backend", "threads"], ["--depth", "0"], ["--memory", "1GiB"]]
+    {
+        let numbers = place.trained(&[&["--seed", "5"], arguments.as_slice()].concat());
+        assert_eq!(&numbers["losses"], reference, "{arguments:?}");
+    }
+    assert_ne!(&place.trained(&["--seed", "6"])["losses"], reference);
+}
+
+#[test]
+fn a_forced_backend_is_the_one_that_is_used() {
+    let place = Place::new();
+    assert_eq!(place.trained(&["--backend", "threads"])["backend"], "threads");
+    assert_eq!(place.trained(&["--backend", "io_uring"])["backend"], "io_uring");
+    let mut command = place.command(&[&["train"], SMALL.as_slice(), &["--json", "n.json"]].concat());
+    let ended = Ended::of(&command.env("OVERSPILL_BACKEND", "threads").output().unwrap());
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    assert!(ended.stdout.contains("threads"), "{}", ended.stdout);
+}
+
+#[test]
+fn text_and_jsonl_files_are_what_is_learned() {
+    let place = Place::new();
+    place.file("a.txt", "abcabcabc".repeat(50));
+    place.file("b.jsonl", "{\"text\": \"abcabcabcabc\"}\n".repeat(40));
+    let numbers = place.trained(&["--data", "a.txt", "b.jsonl", "--lr", "0.01", "--steps", "30"]);
+    let losses: Vec<f64> = numbers["losses"].as_array().unwrap().iter().filter_map(Value::as_f64).collect();
+    assert!(losses[29] < 0.5 * losses[0], "{losses:?}");
+}
+
+#[test]
+fn a_written_model_is_where_the_next_run_starts() {
+    let place = Place::new();
+    let first = place.trained(&["--out", "model", "--lr", "0.01", "--steps", "20"]);
+    let mut names: Vec<_> = fs::read_dir(place.path("model"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]);
+
+    let ended = place.run(&[
+        "train", "--model", "model", "--batch", "2", "--seq", "16", "--steps", "1", "--json", "n.json",
+        "--out", "second",
+    ]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    let second = crate::command::read_json(&place.path("n.json"));
+    assert_eq!(second["parameters"], first["parameters"]);
+    assert!(second["loss_first"].as_f64() < first["loss_first"].as_f64(), "it starts from what was learned");
+    assert!(place.path("second/model.safetensors").exists());
+}
+
+#[test]
+fn a_model_can_be_written_to_the_folder_that_the_run_swaps_in() {
+    let place = Place::new();
+    fs::create_dir(place.path("here")).unwrap();
+    let mut command = place.command(&[&["train"], SMALL.as_slice(), &["--out", "."]].concat());
+    let ended = Ended::of(&command.current_dir(place.path("here")).output().unwrap());
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    assert!(place.path("here/model.safetensors").exists());
+    assert_eq!(place.names(), ["here"]);
+}
+
+#[test]
+fn a_table_that_nobody_can_read_costs_no_numbers() {
+    let place = Place::new();
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut command = place.command(&[&["train"], SMALL.as_slice(), &["--json", "n.json"]].concat());
+    let ended = Ended::of(&command.stdout(full).output().unwrap());
+    ended.refused(&["standard output"]);
+    assert_eq!(crate::command::read_json(&place.path("n.json"))["steps"], 3);
+}
+
+#[test]
+fn a_limit_on_file_sizes_is_an_error_and_leaves_nothing() {
+    let place = Place::new();
+    let limited =
+        format!("ulimit -f 100; exec {} train {}", env!("CARGO_BIN_EXE_overspill"), SMALL.join(" "));
+    let mut command = std::process::Command::new("sh");
+    let output = command.args(["-c", &limited]).current_dir(place.path(".")).output().unwrap();
+    let ended = Ended::of(&output);
+    assert_eq!(ended.status, Some(1), "{}", ended.stderr);
+    assert!(ended.stderr.contains("File too large"), "{}", ended.stderr);
+    assert!(place.names().is_empty(), "{:?}", place.names());
+}
+
+#[test]
+fn the_state_stays_on_storage_when_it_is_kept() {
+    let place = Place::new();
+    fs::create_dir(place.path("swap")).unwrap();
+    let ended = place.train(&["--swap-dir", "swap", "--keep"]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    for name in ["data", "manifest", "lock"] {
+        assert!(place.path("swap/overspill-store").join(name).exists(), "{name}");
+    }
+    place.train(&["--swap-dir", "swap"]).refused(&["overspill-store already exists", "remove it"]);
+    assert!(place.path("swap/overspill-store/data").exists(), "nothing was taken over");
+}
+
+#[test]
+fn an_interrupted_run_cleans_up_and_says_so_by_its_exit_status() {
+    for signal in ["INT", "TERM"] {
+        let place = Place::new();
+        let endless =
+            [&["train"], &SMALL[..SMALL.len() - 2], &["--steps", "1000000", "--out", "model"]].concat();
+        let mut command = place.command(&endless);
+        let child = place.until_there_is("overspill-store", &mut command);
+        let status =
+            std::process::Command::new("kill").args(["-s", signal, &child.id().to_string()]).status();
+        assert!(status.unwrap().success());
+        let ended = Ended::of(&child.wait_with_output().unwrap());
+        assert_eq!(ended.status, Some(130), "{}", ended.stderr);
+        assert!(ended.stderr.contains("overspill: interrupted"), "{}", ended.stderr);
+        assert!(place.names().is_empty(), "{:?}", place.names());
+    }
+}

@@ -1,0 +1,491 @@
+//! The thread that owns the backend.
+//!
+//! One turn of its loop: take what callers sent, issue chunks while the queue gives any, park until something comes
+//! back, settle what came. With nothing to do it sleeps in the kernel. It ends when the intake is closed and the last
+//! operation is over, or, after the drain patience, without those that are not.
+//!
+//! However it ends, also by a panic, nobody is left waiting: the operations it has taken are answered or dropped, which
+//! answers too, and a [`Refusal`] answers those that it has not.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, TryRecvError};
+use rustix::io::Errno;
+
+use super::completion::classify;
+use super::op::{Op, Whole};
+use super::queue::{Queue, Step};
+use super::stats::Stats;
+use crate::backend::{Arrival, Backend, Transfer};
+use crate::error::IoError;
+
+pub(crate) struct Driver {
+    backend: Box<dyn Backend>,
+    intake: Receiver<Op>,
+    queue: Queue<Op>,
+    stats: Arc<Stats>,
+    drain_patience: Duration,
+}
+
+/// Whether callers can still send operations.
+#[derive(Clone, Copy)]
+enum Intake {
+    Open,
+    /// No, and what is left has until then; without end if the patience goes beyond what clocks can say.
+    Closed {
+        drained_by: Option<Instant>,
+    },
+}
+
+impl Driver {
+    pub(crate) fn new(
+        backend: Box<dyn Backend>,
+        intake: Receiver<Op>,
+        queue: Queue<Op>,
+        stats: Arc<Stats>,
+        drain_patience: Duration,
+    ) -> Driver {
+        Driver { backend, intake, queue, stats, drain_patience }
+    }
+
+    /// Drives until everybody is answered. If it ends early, the rest is refused until the intake is closed.
+    pub(crate) fn run(self) -> Result<(), IoError> {
+        let _refusal = Refusal(self.intake.clone());
+        self.drive()
+    }
+
+    fn drive(mut self) -> Result<(), IoError> {
+        let mut intake = Intake::Open;
+        let mut arrivals = Vec::new();
+        loop {
+            if self.backend.doorbell().answer() {
+                self.backend.tidy();
+            }
+            if matches!(intake, Intake::Open) {
+                intake = self.accept();
+            }
+            // Looked at before anything is issued: what never went to the kernel can go back to its caller.
+            let deadline = match intake {
+                Intake::Open => None,
+                Intake::Closed { .. } if self.queue.is_empty() => return Ok(()),
+                Intake::Closed { drained_by: Some(passed) } if passed <= Instant::now() => {
+                    return self.give_up(|patience, leaked_blocks| IoError::DrainTimeout {
+                        patience,
+                        leaked_blocks,
+                    });
+                }
+                Intake::Closed { drained_by } => drained_by,
+            };
+            self.issue();
+            let parked = self.backend.park(deadline, &mut arrivals);
+            // What came back before the backend broke is as good as ever.
+            for arrival in arrivals.drain(..) {
+                self.settle(arrival);
+            }
+            if let Err(errno) = parked {
+                return self.broken(errno);
+            }
+        }
+    }
+
+    /// Queues what callers sent.
+    fn accept(&mut self) -> Intake {
+        loop {
+            match self.intake.try_recv() {
+                Ok(op) => {
+                    self.stats.began(op.direction);
+                    let extent = op.extent();
+                    self.queue.push(op, extent);
+                }
+                Err(TryRecvError::Empty) => return Intake::Open,
+                Err(TryRecvError::Disconnected) => {
+                    return Intake::Closed { drained_by: Instant::now().checked_add(self.drain_patience) };
+                }
+            }
+        }
+    }
+
+    /// Fills the backend.
+    fn issue(&mut self) {
+        while let Some((chunk, op)) = self.queue.next() {
+            let block = op.issue(chunk.length);
+            let offset = op.offset + chunk.start as u64;
+            let (direction, file) = (op.direction, op.file.clone());
+            self.backend.submit(Transfer { chunk, direction, file, offset, block });
+        }
+    }
+
+    /// Acts on one answer.
+    fn settle(&mut self, arrival: Arrival) {
+        let Arrival { transfer: Transfer { chunk, direction, file, offset, block }, result } = arrival;
+        let completion = classify(result, chunk.wanted());
+        match self.queue.complete(chunk, completion) {
+            Step::Again(chunk) => self.backend.submit(Transfer { chunk, direction, file, offset, block }),
+            Step::Home(chunk, op) => op.home(chunk.start, block),
+            Step::Over(chunk, mut op, verdict) => {
+                op.home(chunk.start, block);
+                self.stats.ended(direction, verdict.done);
+                op.finish(verdict);
+            }
+        }
+    }
+
+    /// Ends without the operations that are not over. Those with chunks out lose their blocks: the kernel may touch
+    /// them at any time.
+    fn give_up(self, error: impl FnOnce(Duration, usize) -> IoError) -> Result<(), IoError> {
+        let Driver { backend, queue, stats, drain_patience, .. } = self;
+        let mut leaked_blocks = 0;
+        for op in queue.abandon() {
+            stats.ended(op.direction, 0);
+            leaked_blocks += usize::from(op.stop() == Whole::Missing);
+        }
+        stats.leaked(leaked_blocks);
+        drop(backend);
+        Err(error(drain_patience, leaked_blocks))
+    }
+
+    /// Ends because the backend did.
+    fn broken(self, errno: Errno) -> Result<(), IoError> {
+        let backend = self.backend.kind();
+        let errno = errno.raw_os_error();
+        self.give_up(|_, _| IoError::Backend { backend, action: "wait for completions", errno })
+    }
+}
+
+/// Stops, on drop, every operation that is in the intake or still comes, until nobody can send any more.
+///
+/// Messages outlive the receiver that drops first: without this, a ticket whose operation nobody took would wait for
+/// an answer for as long as somebody could send another.
+struct Refusal(Receiver<Op>);
+
+impl Drop for Refusal {
+    fn drop(&mut self) {
+        for op in &self.0 {
+            op.stop();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::{self, JoinHandle};
+
+    use crossbeam_channel::{Sender, bounded};
+
+    use super::*;
+    use crate::backend::doorbell::Doorbell;
+    use crate::backend::threads::{Event, Threads};
+    use crate::engine::op::Request;
+    use crate::engine::queue::Priority;
+    use crate::engine::ticket::{Promise, Reply, Ticket};
+    use crate::error::{Direction, Failed};
+    use crate::file::File;
+    use crate::{BackendKind, BlockClass, Pool};
+
+    const CHUNK: usize = 4096;
+    const DEPTH: usize = 4;
+    const BOUND: Duration = Duration::from_secs(20);
+    const AT_ONCE: Duration = Duration::ZERO;
+
+    /// A driver whose kernel is the test: it sees every transfer, and answers when and how it likes.
+    struct Bench {
+        pool: Pool,
+        file: File,
+        stats: Arc<Stats>,
+        doorbell: Arc<Doorbell>,
+        requests: Option<Sender<Op>>,
+        kernel: Receiver<Transfer>,
+        answers: Sender<Event>,
+        driver: JoinHandle<Result<(), IoError>>,
+    }
+
+    impl Bench {
+        fn new(drain_patience: Duration) -> Bench {
+            let pool = Pool::new(&[BlockClass { name: "test", block_bytes: 8 * CHUNK, count: 2 }]).unwrap();
+            let (backend, kernel, answers) = Threads::without_workers(DEPTH);
+            let doorbell = Arc::clone(backend.doorbell());
+            let file = File::in_memory(&doorbell).unwrap();
+            let (requests, intake) = bounded(8);
+            let stats = Arc::new(Stats::default());
+            let driver = {
+                let (stats, queue) = (Arc::clone(&stats), Queue::new(CHUNK, DEPTH));
+                thread::spawn(move || {
+                    Driver::new(Box::new(backend), intake, queue, stats, drain_patience).run()
+                })
+            };
+            Bench { pool, file, stats, doorbell, requests: Some(requests), kernel, answers, driver }
+        }
+
+        fn send(&self, direction: Direction, bytes: usize) -> Ticket {
+            let block = self.pool.lease(bytes).unwrap();
+            let request =
+                Request { direction, file: &self.file, offset: 0, block, priority: Priority::Urgent };
+            let (promise, ticket) = Promise::new(Arc::clone(&self.stats));
+            let Some(op) = Op::new(request, Reply::Block(promise)) else { panic!("the request is sound") };
+            assert!(self.requests.as_ref().unwrap().send(op).is_ok());
+            self.doorbell.ring();
+            ticket
+        }
+
+        fn next(&self) -> Transfer {
+            self.kernel.recv_timeout(BOUND).unwrap()
+        }
+
+        fn answer(&self, transfer: Transfer, result: i32) {
+            assert!(self.answers.send(Event::Arrived(Arrival { transfer, result })).is_ok());
+        }
+
+        fn done(&self, transfer: Transfer) {
+            let wanted = i32::try_from(transfer.chunk.wanted()).unwrap();
+            self.answer(transfer, wanted);
+        }
+
+        /// Closes the intake and waits for the driver's end.
+        fn close(mut self) -> (Pool, Arc<Stats>, Result<(), IoError>) {
+            self.requests = None;
+            self.doorbell.ring();
+            (self.pool, self.stats, self.driver.join().unwrap())
+        }
+    }
+
+    #[test]
+    fn a_dropped_ticket_keeps_the_block_until_the_completion() {
+        let bench = Bench::new(BOUND);
+        drop(bench.send(Direction::Read, CHUNK));
+        let transfer = bench.next();
+        assert_eq!(bench.pool.leased_blocks(), 1);
+        bench.done(transfer);
+        let (pool, _, ended) = bench.close();
+        assert_eq!(ended, Ok(()));
+        assert_eq!(pool.leased_blocks(), 0);
+    }
+
+    #[test]
+    fn a_failed_operation_answers_only_when_its_last_chunk_is_home() {
+        let bench = Bench::new(BOUND);
+        let ticket = bench.send(Direction::Write, 3 * CHUNK);
+        let other = bench.send(Direction::Write, CHUNK);
+        let [first, second, third, fourth] = std::array::from_fn(|_| bench.next());
+        bench.answer(first, -libc::EIO);
+        // The other operation's answer shows that the driver has seen the failure.
+        let is_other = |transfer: &Transfer| transfer.block.len() == CHUNK && transfer.chunk.start == 0;
+        let mut rest = [second, third, fourth].into_iter().collect::<Vec<_>>();
+        let at = rest.iter().position(is_other).unwrap();
+        bench.done(rest.swap_remove(at));
+        other.wait().unwrap();
+        assert!(!ticket.is_done(), "two chunks are still with the kernel");
+        for transfer in rest {
+            bench.done(transfer);
+        }
+        let Failed { error, block } = ticket.wait().unwrap_err();
+        assert!(
+            matches!(error, IoError::Transfer { errno: libc::EIO, done, .. } if done == 2 * CHUNK),
+            "{error}"
+        );
+        assert_eq!(block.unwrap().len(), 3 * CHUNK);
+        assert_eq!(bench.close().2, Ok(()));
+    }
+
+    #[test]
+    fn interrupted_and_short_transfers_go_on_and_lose_no_byte() {
+        let bench = Bench::new(BOUND);
+        let ticket = bench.send(Direction::Read, CHUNK);
+        let transfer = bench.next();
+        bench.answer(transfer, -libc::EINTR);
+        let mut transfer = bench.next();
+        assert_eq!((transfer.position(), transfer.chunk.wanted()), (0, CHUNK));
+        transfer.block[..1000].fill(1);
+        bench.answer(transfer, 1000);
+        let mut transfer = bench.next();
+        assert_eq!((transfer.position(), transfer.chunk.wanted()), (1000, CHUNK - 1000));
+        transfer.block[1000..].fill(2);
+        bench.done(transfer);
+        let block = ticket.wait().unwrap();
+        assert!(block[..1000].iter().all(|&byte| byte == 1) && block[1000..].iter().all(|&byte| byte == 2));
+        assert_eq!(bench.stats.totals().bytes_read, CHUNK as u64);
+        assert_eq!(bench.close().2, Ok(()));
+    }
+
+    #[test]
+    fn the_first_failure_is_the_one_reported() {
+        let bench = Bench::new(BOUND);
+        let ticket = bench.send(Direction::Write, 2 * CHUNK);
+        let [first, second] = std::array::from_fn(|_| bench.next());
+        bench.answer(second, -libc::ENOSPC);
+        bench.answer(first, -libc::EIO);
+        assert_eq!(ticket.wait().unwrap_err().error.errno(), Some(libc::ENOSPC));
+        assert_eq!(bench.close().2, Ok(()));
+    }
+
+    #[test]
+    fn a_write_that_moves_nothing_is_an_error() {
+        let bench = Bench::new(BOUND);
+        let ticket = bench.send(Direction::Write, CHUNK);
+        bench.answer(bench.next(), 0);
+        assert!(matches!(ticket.wait().unwrap_err().error, IoError::WriteZero { done: 0, .. }));
+        assert_eq!(bench.close().2, Ok(()));
+    }
+
+    #[test]
+    fn accepted_operations_end_before_the_driver_does() {
+        let mut bench = Bench::new(Duration::MAX);
+        let ticket = bench.send(Direction::Write, 8 * CHUNK);
+        bench.requests = None;
+        bench.doorbell.ring();
+        for _ in 0..8 {
+            bench.done(bench.next());
+        }
+        assert_eq!(ticket.wait().unwrap().len(), 8 * CHUNK);
+        assert_eq!(bench.close().2, Ok(()));
+    }
+
+    #[test]
+    fn what_the_kernel_holds_after_the_drain_patience_is_given_up_and_counted() {
+        let bench = Bench::new(AT_ONCE);
+        let ticket = bench.send(Direction::Read, 2 * CHUNK);
+        let held: [Transfer; 2] = std::array::from_fn(|_| bench.next());
+        let (pool, stats, ended) = bench.close();
+        assert_eq!(ended, Err(IoError::DrainTimeout { patience: AT_ONCE, leaked_blocks: 1 }));
+        let failed = ticket.wait().unwrap_err();
+        assert_eq!(failed.error, IoError::EngineStopped);
+        assert!(failed.block.is_none());
+        assert_eq!(stats.totals().leaked_blocks, 1);
+        assert_eq!(pool.leased_blocks(), 1, "the memory that the kernel holds is nobody else's");
+        drop(held);
+    }
+
+    /// What the callers' side needs to send operations of one chunk to a driver.
+    struct Callers {
+        pool: Pool,
+        file: File,
+        stats: Arc<Stats>,
+        requests: Sender<Op>,
+    }
+
+    impl Callers {
+        fn new(doorbell: &Arc<Doorbell>) -> (Callers, Receiver<Op>) {
+            let pool = Pool::new(&[BlockClass { name: "test", block_bytes: CHUNK, count: 2 }]).unwrap();
+            let (requests, intake) = bounded(2);
+            let file = File::in_memory(doorbell).unwrap();
+            (Callers { pool, file, stats: Arc::new(Stats::default()), requests }, intake)
+        }
+
+        fn send(&self) -> Ticket {
+            let block = self.pool.lease(CHUNK).unwrap();
+            let (direction, priority) = (Direction::Write, Priority::Urgent);
+            let request = Request { direction, file: &self.file, offset: 0, block, priority };
+            let (promise, ticket) = Promise::new(Arc::clone(&self.stats));
+            let Some(op) = Op::new(request, Reply::Block(promise)) else { panic!("the request is sound") };
+            assert!(self.requests.send(op).is_ok());
+            ticket
+        }
+    }
+
+    /// The answer, if it comes while somebody can still wait for it.
+    fn answer(ticket: Ticket) -> Failed {
+        let deadline = Instant::now() + BOUND;
+        while !ticket.is_done() {
+            assert!(Instant::now() < deadline, "nobody answers");
+            thread::park_timeout(Duration::from_micros(200));
+        }
+        ticket.wait().unwrap_err()
+    }
+
+    #[test]
+    fn nothing_is_issued_after_the_drain_patience() {
+        let (backend, kernel, _answers) = Threads::without_workers(DEPTH);
+        let (callers, intake) = Callers::new(backend.doorbell());
+        let ticket = callers.send();
+        let Callers { pool, stats, requests, .. } = callers;
+        drop(requests);
+        let queue = Queue::new(CHUNK, DEPTH);
+        let ended = Driver::new(Box::new(backend), intake, queue, Arc::clone(&stats), AT_ONCE).run();
+        assert_eq!(ended, Err(IoError::DrainTimeout { patience: AT_ONCE, leaked_blocks: 0 }));
+        assert!(kernel.try_recv().is_err(), "the kernel was given a chunk");
+        assert_eq!(answer(ticket).block.unwrap().len(), CHUNK);
+        assert_eq!((stats.totals().leaked_blocks, pool.leased_blocks()), (0, 0));
+    }
+
+    /// A way to the kernel that ends when it is waited on.
+    struct Broken {
+        doorbell: Arc<Doorbell>,
+        out: Vec<Transfer>,
+        end: End,
+    }
+
+    impl Backend for Broken {
+        fn kind(&self) -> BackendKind {
+            BackendKind::Uring
+        }
+
+        fn doorbell(&self) -> &Arc<Doorbell> {
+            &self.doorbell
+        }
+
+        fn submit(&mut self, transfer: Transfer) {
+            self.out.push(transfer);
+        }
+
+        fn park(&mut self, _: Option<Instant>, arrivals: &mut Vec<Arrival>) -> Result<(), Errno> {
+            (self.end)(&mut self.out, arrivals)
+        }
+
+        fn tidy(&mut self) {}
+    }
+
+    /// What a wait does, given what is out and a place for what comes back.
+    type End = fn(&mut Vec<Transfer>, &mut Vec<Arrival>) -> Result<(), Errno>;
+
+    /// A driver of a backend that comes to `end` with the first operation, whose ticket is returned too.
+    fn ending(end: End) -> (Callers, Ticket, JoinHandle<Result<(), IoError>>) {
+        let doorbell = Arc::clone(Threads::without_workers(1).0.doorbell());
+        let (callers, intake) = Callers::new(&doorbell);
+        let ticket = callers.send();
+        let (stats, queue) = (Arc::clone(&callers.stats), Queue::new(CHUNK, 1));
+        let backend = Box::new(Broken { doorbell, out: Vec::new(), end });
+        let driver = thread::spawn(move || Driver::new(backend, intake, queue, stats, BOUND).run());
+        (callers, ticket, driver)
+    }
+
+    #[test]
+    fn a_broken_backend_refuses_with_the_block_until_it_is_shut_down() {
+        let (callers, lost, driver) = ending(|_, _| Err(Errno::BADF));
+        let failed = answer(lost);
+        assert_eq!(failed.error, IoError::EngineStopped);
+        assert!(failed.block.is_none());
+        let failed = answer(callers.send());
+        assert_eq!(failed.error, IoError::EngineStopped);
+        assert_eq!(failed.block.unwrap().len(), CHUNK);
+        drop(callers.requests);
+        let ended = driver.join().unwrap().unwrap_err();
+        assert!(matches!(ended, IoError::Backend { errno: libc::EBADF, .. }), "{ended}");
+        assert_eq!(callers.stats.totals().leaked_blocks, 1);
+    }
+
+    #[test]
+    fn what_came_back_before_the_backend_broke_is_answered() {
+        let (callers, ticket, driver) = ending(|out, arrivals| {
+            arrivals.extend(out.drain(..).map(|transfer| Arrival { transfer, result: CHUNK as i32 }));
+            Err(Errno::BADF)
+        });
+        drop(callers.requests);
+        assert!(driver.join().unwrap().is_err());
+        assert_eq!(ticket.wait().unwrap().len(), CHUNK);
+        assert_eq!(callers.stats.totals().leaked_blocks, 0);
+    }
+
+    #[test]
+    fn a_driver_that_panics_answers_what_was_sent_and_what_still_comes() {
+        let (callers, lost, driver) = ending(|_, _| panic!("a law of the engine is broken"));
+        assert!(answer(lost).block.is_none());
+        for ticket in [callers.send(), callers.send()] {
+            let Failed { error, block } = answer(ticket);
+            assert_eq!(error, IoError::EngineStopped);
+            assert_eq!(block.unwrap().len(), CHUNK);
+        }
+        drop(callers.requests);
+        assert!(driver.join().is_err());
+        assert_eq!(callers.pool.leased_blocks(), 0);
+    }
+}

@@ -1,0 +1,263 @@
+//! The engine: callers on one side, a driver thread with a backend on the other.
+//!
+//! A call makes an [`op::Op`] and sends it through a bounded channel; the [`driver`] cuts it into chunks by the rules
+//! of the [`queue`], and answers through the operation's [`ticket`].
+
+pub(crate) mod chunk;
+pub(crate) mod completion;
+pub(crate) mod config;
+mod driver;
+pub(crate) mod op;
+pub(crate) mod queue;
+pub(crate) mod stats;
+pub(crate) mod table;
+pub(crate) mod ticket;
+
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+
+use self::config::{EngineConfig, EngineReport};
+use self::driver::Driver;
+use self::op::{Op, Request};
+use self::queue::{Priority, Queue};
+use self::stats::{EngineStats, Stats};
+use self::ticket::{Promise, Reply, Ticket};
+use crate::backend::doorbell::Doorbell;
+use crate::error::{Direction, IoError};
+use crate::file::File;
+use crate::memory::block::Block;
+use crate::sync::lock;
+use crate::{BackendKind, Pool, probe};
+
+/// Operations that may wait for the driver to look; a caller beyond that waits for the driver's next turn. It bounds
+/// nothing else: what the driver has taken is bounded by the pool.
+const INTAKE_OPS: usize = 1024;
+/// Beyond the drain patience, how long the driver may take to tell that it ended.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Moves blocks to and from files. Clones share the driver thread; dropping the last one shuts it down.
+#[derive(Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// `None` after shutdown. Held for reading while an operation is sent, so that none is sent behind the last one.
+    intake: RwLock<Option<Sender<Op>>>,
+    doorbell: Arc<Doorbell>,
+    stats: Arc<Stats>,
+    report: EngineReport,
+    drain_patience: Duration,
+    driver: Mutex<Option<DriverThread>>,
+}
+
+struct DriverThread {
+    handle: JoinHandle<()>,
+    ended: Receiver<Result<(), IoError>>,
+}
+
+impl Engine {
+    /// Starts the driver thread and proves, with real transfers, that its backend works. The memory of `pool` is
+    /// registered with the kernel where it can be; blocks of other pools work too.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError::Config`] for a value that cannot work, [`IoError::Backend`] if no backend that `config` allows
+    /// works here.
+    pub fn start(config: EngineConfig, pool: &Pool) -> Result<Engine, IoError> {
+        config.check()?;
+        let stats = Arc::new(Stats::default());
+        let (intake, requests) = bounded(INTAKE_OPS);
+        let (ready, started) = bounded(1);
+        let (farewell, ended) = bounded(1);
+        let drain_patience = config.drain_patience;
+        let run = {
+            let (pool, stats) = (pool.clone(), Arc::clone(&stats));
+            // A ring belongs to the thread that made it, so the backend is made over there.
+            move || match probe::start(&config, &pool) {
+                Err(error) => drop(ready.send(Err(error))),
+                Ok((backend, report)) => {
+                    drop(ready.send(Ok((Arc::clone(backend.doorbell()), report))));
+                    let queue = Queue::new(config.chunk_bytes, config.queue_depth);
+                    let driver = Driver::new(backend, requests, queue, stats, drain_patience);
+                    drop(farewell.send(driver.run()));
+                }
+            }
+        };
+        let handle = thread::Builder::new().name("overspill-io".to_owned()).spawn(run).map_err(|error| {
+            let errno = error.raw_os_error().unwrap_or_else(|| rustix::io::Errno::AGAIN.raw_os_error());
+            IoError::Backend { backend: BackendKind::Threads, action: "start the driver thread", errno }
+        })?;
+        let (doorbell, report) = started.recv().unwrap_or(Err(IoError::EngineStopped))?;
+        let driver = Mutex::new(Some(DriverThread { handle, ended }));
+        let intake = RwLock::new(Some(intake));
+        Ok(Engine { inner: Arc::new(Inner { intake, doorbell, stats, report, drain_patience, driver }) })
+    }
+
+    /// Makes a file that does not exist yet, readable and writable by its owner only.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError::File`], also if `path` exists, be it as a symbolic link.
+    pub fn create(&self, path: &Path) -> Result<File, IoError> {
+        File::create(path, &self.inner.doorbell)
+    }
+
+    /// Opens an existing file for reading and writing.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError::File`], also if `path` is a symbolic link.
+    pub fn open(&self, path: &Path) -> Result<File, IoError> {
+        File::open(path, &self.inner.doorbell)
+    }
+
+    /// Fills `block` with the bytes of `file` from `offset` on. Every failure comes through the ticket.
+    pub fn read(&self, file: &File, offset: u64, block: Block, priority: Priority) -> Ticket {
+        let (promise, ticket) = self.promise();
+        self.submit(
+            Request { direction: Direction::Read, file, offset, block, priority },
+            Reply::Block(promise),
+        );
+        ticket
+    }
+
+    /// Puts the bytes of `block` into `file` at `offset` and brings the block back. Every failure comes through the
+    /// ticket.
+    pub fn write(&self, file: &File, offset: u64, block: Block, priority: Priority) -> Ticket {
+        let (promise, ticket) = self.promise();
+        self.submit(
+            Request { direction: Direction::Write, file, offset, block, priority },
+            Reply::Block(promise),
+        );
+        ticket
+    }
+
+    /// Puts the bytes of `block` into `file` at `offset` behind the caller's back: the block returns to its pool the
+    /// moment they are written. A failure comes through the ticket, with the block.
+    pub fn write_behind(&self, file: &File, offset: u64, block: Block, priority: Priority) -> Ticket<()> {
+        let (promise, ticket) = self.promise();
+        self.submit(
+            Request { direction: Direction::Write, file, offset, block, priority },
+            Reply::Done(promise),
+        );
+        ticket
+    }
+
+    /// What the engine works with, and why not with something better.
+    #[must_use]
+    pub fn report(&self) -> EngineReport {
+        self.inner.report.clone()
+    }
+
+    /// What it has moved so far.
+    #[must_use]
+    pub fn stats(&self) -> EngineStats {
+        self.inner.stats.totals()
+    }
+
+    /// Refuses new operations, waits until the accepted ones are over, and ends the driver thread. Operations that
+    /// come later get [`IoError::EngineStopped`] and their block. Does nothing the second time.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError::DrainTimeout`] if operations were not over after the drain patience: the blocks of those that the
+    /// kernel has are lost, those of all others come back. [`IoError::Backend`] if the backend broke,
+    /// [`IoError::EngineStopped`] if the driver thread panicked.
+    pub fn shutdown(&self) -> Result<(), IoError> {
+        self.inner.shutdown()
+    }
+
+    fn promise<T>(&self) -> (Promise<T>, Ticket<T>) {
+        Promise::new(Arc::clone(&self.inner.stats))
+    }
+
+    fn submit(&self, request: Request<'_>, reply: Reply) {
+        let Some(op) = Op::new(request, reply) else { return };
+        let inner = &self.inner;
+        let intake = inner.intake.read().unwrap_or_else(PoisonError::into_inner);
+        let refused = match &*intake {
+            Some(intake) => intake.send(op).err().map(|unsent| unsent.0),
+            None => Some(op),
+        };
+        drop(intake);
+        match refused {
+            None => inner.doorbell.ring(),
+            Some(op) => drop(op.stop()),
+        }
+    }
+}
+
+impl Inner {
+    fn shutdown(&self) -> Result<(), IoError> {
+        let mut driver = lock(&self.driver);
+        let Some(DriverThread { handle, ended }) = driver.take() else {
+            return Ok(());
+        };
+        let intake = self.intake.write().unwrap_or_else(PoisonError::into_inner).take();
+        drop(intake);
+        self.doorbell.ring();
+        match ended.recv_timeout(self.drain_patience.saturating_add(FAREWELL)) {
+            Ok(ended) => {
+                // It has said all it had to say, so this does not wait.
+                drop(handle.join());
+                ended
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                // It panicked, and has answered everybody on the way out.
+                drop(handle.join());
+                Err(IoError::EngineStopped)
+            }
+            // It hangs inside a system call, where nothing can reach it. Should it return, it counts what it gives
+            // up; until then, nobody knows better than that no more is lost than what it had accepted.
+            Err(RecvTimeoutError::Timeout) => {
+                let leaked_blocks = self.stats.in_flight();
+                Err(IoError::DrainTimeout { patience: self.drain_patience, leaked_blocks })
+            }
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Every ticket has told its own failure, and the counters the rest.
+        drop(self.shutdown());
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine").field("report", &self.inner.report).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::doorbell::Wire;
+
+    #[test]
+    fn a_shutdown_that_gives_a_hanging_driver_up_leaves_the_counting_to_it() {
+        let stats = Arc::new(Stats::default());
+        stats.began(Direction::Read);
+        let (_hangs, ended) = bounded(1);
+        let handle = thread::spawn(|| ());
+        let (wire, _events) = bounded(1);
+        let inner = Inner {
+            intake: RwLock::new(None),
+            doorbell: Arc::new(Doorbell::new(Wire::Channel(wire))),
+            stats: Arc::clone(&stats),
+            report: EngineReport { backend: BackendKind::Threads, degraded: None, notes: Vec::new() },
+            drain_patience: Duration::ZERO,
+            driver: Mutex::new(Some(DriverThread { handle, ended })),
+        };
+        let patience = Duration::ZERO;
+        assert_eq!(inner.shutdown(), Err(IoError::DrainTimeout { patience, leaked_blocks: 1 }));
+        assert_eq!(stats.totals().leaked_blocks, 0, "the driver still holds the operation");
+    }
+}

@@ -1,0 +1,382 @@
+//! Which chunk of which operation goes to the kernel next, and when an operation is over.
+//!
+//! The queue knows lengths and nothing of memory, files or kernels: it is plain data, moved by three events.
+//! [`Queue::push`] accepts an operation, [`Queue::next`] cuts the next [`Chunk`] off one of them, and
+//! [`Queue::complete`] takes the chunk back with the answer. At most `depth` chunks are out at a time.
+//!
+//! Operations of one priority take turns chunk by chunk, so a small one does not wait behind a large one. Urgent
+//! chunks go first, but while background chunks wait too, every fourth is theirs: neither starves.
+//!
+//! A chunk is a token that cannot be copied: it is out until it comes back, so every byte is issued once. After the
+//! first failure an operation issues nothing more, but it is over only when its last chunk is home, because until
+//! then the kernel may still touch its memory.
+
+use std::collections::VecDeque;
+
+use super::chunk::{Chunk, Fault};
+use super::completion::Completion;
+use super::table::{Slot, Table};
+
+/// Of this many chunks issued while both priorities wait, one is a background chunk.
+const BACKGROUND_TURN: usize = 4;
+
+/// Which of two waiting operations goes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Priority {
+    /// Somebody waits for it, or soon will.
+    Urgent,
+    /// Nobody waits for it yet, such as write-behind.
+    Background,
+}
+
+/// What an operation amounts to before it is cut into chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// Bytes to move, at least one.
+    pub(crate) length: usize,
+    /// A chunk whose answer was short goes on at a multiple of this many bytes.
+    pub(crate) granularity: usize,
+    pub(crate) priority: Priority,
+}
+
+/// How an operation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// Bytes moved, by all chunks together.
+    pub(crate) done: usize,
+    /// The first failure, if any.
+    pub(crate) fault: Option<Fault>,
+}
+
+/// What becomes of a chunk that came back.
+pub(crate) enum Step<'a, T> {
+    /// It has bytes left to move: issue it again.
+    Again(Chunk),
+    /// It is home; its operation has others out, or still to issue.
+    Home(Chunk, &'a mut T),
+    /// It was the last one: the operation is over.
+    Over(Chunk, T, Verdict),
+}
+
+/// The operations that were accepted and are not over, each with a payload of its owner's.
+pub(crate) struct Queue<T> {
+    chunk_bytes: usize,
+    depth: usize,
+    out: usize,
+    ops: Table<Work<T>>,
+    /// Operations with bytes that were never issued, in turn order.
+    urgent: VecDeque<Slot>,
+    background: VecDeque<Slot>,
+    /// Urgent chunks issued since the last background chunk, while one waited.
+    urgent_run: usize,
+}
+
+struct Work<T> {
+    payload: T,
+    extent: Extent,
+    issued: usize,
+    out: usize,
+    verdict: Verdict,
+}
+
+impl<T> Queue<T> {
+    /// An empty queue that cuts chunks of `chunk_bytes` and has at most `depth` of them out.
+    pub(crate) fn new(chunk_bytes: usize, depth: usize) -> Queue<T> {
+        assert!(chunk_bytes > 0 && depth > 0, "a queue moves something");
+        let (urgent, background) = (VecDeque::new(), VecDeque::new());
+        Queue { chunk_bytes, depth, out: 0, ops: Table::new(), urgent, background, urgent_run: 0 }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+
+    /// Accepts an operation.
+    pub(crate) fn push(&mut self, payload: T, extent: Extent) {
+        assert!(extent.length > 0, "an operation without bytes is over before it is queued");
+        let verdict = Verdict { done: 0, fault: None };
+        let slot = self.ops.insert(Work { payload, extent, issued: 0, out: 0, verdict });
+        match extent.priority {
+            Priority::Urgent => self.urgent.push_back(slot),
+            Priority::Background => self.background.push_back(slot),
+        }
+    }
+
+    /// The next chunk to issue with its operation's payload; `None` while nothing waits or `depth` chunks are out.
+    pub(crate) fn next(&mut self) -> Option<(Chunk, &mut T)> {
+        if self.out == self.depth {
+            return None;
+        }
+        let lane = match (self.urgent.is_empty(), self.background.is_empty()) {
+            (true, true) => return None,
+            (false, true) => &mut self.urgent,
+            (false, false) if self.urgent_run + 1 < BACKGROUND_TURN => {
+                self.urgent_run += 1;
+                &mut self.urgent
+            }
+            (_, false) => {
+                self.urgent_run = 0;
+                &mut self.background
+            }
+        };
+        let op = lane.pop_front()?;
+        let work = self.ops.get_mut(op).expect("a waiting operation is not over");
+        let start = work.issued;
+        let length = self.chunk_bytes.min(work.extent.length - start);
+        work.issued += length;
+        work.out += 1;
+        self.out += 1;
+        if work.issued < work.extent.length {
+            lane.push_back(op);
+        }
+        Some((Chunk::new(op, start, length), &mut work.payload))
+    }
+
+    /// Takes back `chunk`, of which the kernel was asked to move everything behind its `done` bytes.
+    pub(crate) fn complete(&mut self, mut chunk: Chunk, completion: Completion) -> Step<'_, T> {
+        let op = chunk.op();
+        let work = self.ops.get_mut(op).expect("an operation with a chunk out is not over");
+        let progress = chunk.advance(completion, work.extent.granularity, &mut work.verdict.done);
+        match progress {
+            // An operation that failed meanwhile has no use for the rest of the chunk.
+            Ok(()) if chunk.done < chunk.length && work.verdict.fault.is_none() => return Step::Again(chunk),
+            Ok(()) => {}
+            Err(fault) if work.verdict.fault.is_none() => {
+                work.verdict.fault = Some(fault);
+                self.urgent.retain(|&slot| slot != op);
+                self.background.retain(|&slot| slot != op);
+            }
+            Err(_later) => {}
+        }
+        self.out -= 1;
+        work.out -= 1;
+        let issues_more = work.verdict.fault.is_none() && work.issued < work.extent.length;
+        if work.out == 0 && !issues_more {
+            let work = self.ops.remove(op).expect("it was found above");
+            return Step::Over(chunk, work.payload, work.verdict);
+        }
+        Step::Home(chunk, &mut self.ops.get_mut(op).expect("it was found above").payload)
+    }
+
+    /// Gives every operation up, whether chunks of it are out or not.
+    pub(crate) fn abandon(self) -> impl Iterator<Item = T> {
+        self.ops.into_values().map(|work| work.payload)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const CHUNK: usize = 8;
+
+    fn extent(length: usize, priority: Priority) -> Extent {
+        Extent { length, granularity: 1, priority }
+    }
+
+    fn queue(ops: &[(u8, usize, Priority)]) -> Queue<u8> {
+        let mut queue = Queue::new(CHUNK, 64);
+        for &(name, length, priority) in ops {
+            queue.push(name, extent(length, priority));
+        }
+        queue
+    }
+
+    fn issue_order(queue: &mut Queue<u8>) -> Vec<u8> {
+        std::iter::from_fn(|| queue.next().map(|(_, &mut name)| name)).collect()
+    }
+
+    #[test]
+    fn operations_of_one_priority_take_turns() {
+        let mut queue = queue(&[
+            (b'a', 4 * CHUNK, Priority::Urgent),
+            (b'b', 1, Priority::Urgent),
+            (b'c', 2 * CHUNK, Priority::Urgent),
+        ]);
+        assert_eq!(issue_order(&mut queue), b"abcacaa");
+    }
+
+    #[test]
+    fn every_fourth_chunk_is_a_background_chunk_while_both_wait() {
+        let ops = [(b'u', 7 * CHUNK, Priority::Urgent), (b'w', 4 * CHUNK, Priority::Background)];
+        assert_eq!(issue_order(&mut queue(&ops)), b"uuuwuuuwuww");
+    }
+
+    #[test]
+    fn no_more_than_depth_chunks_are_out() {
+        let mut queue = Queue::new(CHUNK, 2);
+        queue.push((), extent(3 * CHUNK, Priority::Urgent));
+        let (first, ()) = queue.next().unwrap();
+        let _second = queue.next().unwrap();
+        assert!(queue.next().is_none());
+        assert!(matches!(queue.complete(first, Completion::Positive(CHUNK)), Step::Home(..)));
+        assert!(queue.next().is_some());
+        assert!(queue.next().is_none());
+    }
+
+    #[test]
+    fn a_failed_operation_is_over_only_when_its_last_chunk_is_home() {
+        let mut queue = queue(&[(b'a', 5 * CHUNK, Priority::Urgent)]);
+        let chunks: Vec<Chunk> = (0..3).map(|_| queue.next().unwrap().0).collect();
+        let [first, second, third] = chunks.try_into().unwrap();
+        assert!(matches!(queue.complete(first, Completion::Error(libc::EIO)), Step::Home(..)));
+        assert!(queue.next().is_none(), "a failed operation issues nothing more");
+        assert!(matches!(queue.complete(second, Completion::Positive(3)), Step::Home(..)));
+        let Step::Over(_, name, verdict) = queue.complete(third, Completion::Error(libc::ENOSPC)) else {
+            panic!("the last chunk is home")
+        };
+        assert_eq!((name, verdict), (b'a', Verdict { done: 3, fault: Some(Fault::Errno(libc::EIO)) }));
+        assert!(queue.is_empty());
+    }
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        Push(usize, Priority),
+        Issue,
+        /// Completes the chunk at this position among those out.
+        Answer(usize, Completion),
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let priority = prop_oneof![Just(Priority::Urgent), Just(Priority::Background)];
+        let answer = prop_oneof![
+            4 => (1_usize..=CHUNK).prop_map(Completion::Positive),
+            6 => Just(Completion::Positive(usize::MAX)),
+            1 => Just(Completion::Retry),
+            1 => Just(Completion::Zero),
+            1 => Just(Completion::Cancelled),
+            1 => (1_i32..100).prop_map(Completion::Error),
+        ];
+        let event = prop_oneof![
+            2 => (1_usize..10 * CHUNK, priority).prop_map(|(length, priority)| Event::Push(length, priority)),
+            6 => Just(Event::Issue),
+            6 => (any::<usize>(), answer).prop_map(|(pick, answer)| Event::Answer(pick, answer)),
+        ];
+        prop::collection::vec(event, 0..300)
+    }
+
+    /// One operation as the test sees it.
+    #[derive(Default)]
+    struct Seen {
+        length: usize,
+        issued: usize,
+        out: usize,
+        moved: usize,
+        fault: Option<Fault>,
+        over: bool,
+    }
+
+    struct Run {
+        queue: Queue<usize>,
+        seen: Vec<Seen>,
+        out: Vec<(usize, Chunk)>,
+    }
+
+    impl Run {
+        fn issue(&mut self) -> Result<bool, TestCaseError> {
+            let room = self.out.len() < 4;
+            let Some((chunk, &mut name)) = self.queue.next() else {
+                let waiting = self.seen.iter().any(|op| op.issued < op.length && op.fault.is_none());
+                prop_assert!(!room || !waiting, "a chunk could have been issued");
+                return Ok(false);
+            };
+            prop_assert!(room);
+            let op = &mut self.seen[name];
+            prop_assert!(op.fault.is_none() && !op.over);
+            prop_assert_eq!(chunk.start, op.issued, "every byte is issued once, in order");
+            prop_assert!(chunk.length > 0 && chunk.length <= CHUNK && chunk.done == 0);
+            op.issued += chunk.length;
+            op.out += 1;
+            prop_assert!(op.issued <= op.length);
+            self.out.push((name, chunk));
+            Ok(true)
+        }
+
+        fn answer(&mut self, pick: usize, answer: Completion) -> Result<(), TestCaseError> {
+            if self.out.is_empty() {
+                return Ok(());
+            }
+            let (name, chunk) = self.out.swap_remove(pick % self.out.len());
+            let (before, wanted) = (chunk.done, chunk.wanted());
+            let answer = match answer {
+                Completion::Positive(bytes) => Completion::Positive(bytes.min(wanted)),
+                other => other,
+            };
+            let op = &mut self.seen[name];
+            match answer {
+                Completion::Positive(bytes) => op.moved += bytes,
+                Completion::Retry => {}
+                Completion::Zero => op.fault = op.fault.or(Some(Fault::Zero)),
+                Completion::Cancelled => op.fault = op.fault.or(Some(Fault::Errno(libc::ECANCELED))),
+                Completion::Error(errno) => op.fault = op.fault.or(Some(Fault::Errno(errno))),
+            }
+            match self.queue.complete(chunk, answer) {
+                Step::Again(chunk) => {
+                    prop_assert!(op.fault.is_none());
+                    prop_assert!(chunk.done >= before && chunk.wanted() > 0);
+                    self.out.push((name, chunk));
+                }
+                Step::Home(_, &mut owner) => {
+                    op.out -= 1;
+                    prop_assert_eq!(owner, name);
+                    prop_assert!(op.out > 0 || (op.fault.is_none() && op.issued < op.length));
+                }
+                Step::Over(_, owner, verdict) => {
+                    op.out -= 1;
+                    op.over = true;
+                    prop_assert_eq!(owner, name);
+                    prop_assert_eq!(op.out, 0, "over with a chunk out");
+                    prop_assert_eq!(verdict, Verdict { done: op.moved, fault: op.fault });
+                    prop_assert!(op.fault.is_some() || op.moved == op.length);
+                }
+            }
+            Ok(())
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_byte_is_issued_once_and_every_operation_ends_once(events in events()) {
+            let mut run = Run { queue: Queue::new(CHUNK, 4), seen: Vec::new(), out: Vec::new() };
+            for event in events {
+                match event {
+                    Event::Push(length, priority) => {
+                        run.queue.push(run.seen.len(), extent(length, priority));
+                        run.seen.push(Seen { length, ..Seen::default() });
+                    }
+                    Event::Issue => { run.issue()?; }
+                    Event::Answer(pick, answer) => run.answer(pick, answer)?,
+                }
+            }
+            while run.issue()? || !run.out.is_empty() {
+                run.answer(0, Completion::Positive(usize::MAX))?;
+            }
+            prop_assert!(run.queue.is_empty());
+            prop_assert!(run.seen.iter().all(|op| op.over));
+        }
+
+        #[test]
+        fn background_waits_for_no_more_than_three_urgent_chunks(
+            lengths in prop::collection::vec((1_usize..40 * CHUNK, any::<bool>()), 1..20)
+        ) {
+            let mut queue = Queue::new(CHUNK, usize::MAX);
+            let mut background_left = 0;
+            for (length, urgent) in lengths {
+                let priority = if urgent { Priority::Urgent } else { Priority::Background };
+                queue.push(priority, extent(length, priority));
+                background_left += if urgent { 0 } else { length.div_ceil(CHUNK) };
+            }
+            let mut run = 0;
+            while let Some((_, &mut priority)) = queue.next() {
+                match priority {
+                    Priority::Urgent if background_left > 0 => run += 1,
+                    Priority::Urgent => {}
+                    Priority::Background => (run, background_left) = (0, background_left - 1),
+                }
+                prop_assert!(run < BACKGROUND_TURN);
+            }
+        }
+    }
+}

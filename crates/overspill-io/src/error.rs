@@ -1,0 +1,180 @@
+//! What can go wrong between a file and a block.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::BackendKind;
+use crate::memory::block::Block;
+
+/// Which way bytes move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the file into the block.
+    Read,
+    /// From the block into the file.
+    Write,
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Direction::Read => "read",
+            Direction::Write => "write",
+        })
+    }
+}
+
+/// An operation that failed, and the memory it was given.
+#[derive(Debug)]
+pub struct Failed {
+    /// What went wrong first.
+    pub error: IoError,
+    /// The operation's block: after a failed write with the bytes it was given, after a failed read with unspecified
+    /// bytes. `None` only when the kernel may still hold a part of it, or when the driver thread panicked over it.
+    pub block: Option<Block>,
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for Failed {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
+}
+
+/// Every failure of the engine and its files. Offsets, lengths and `done` are in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum IoError {
+    /// The kernel refused or failed a transfer.
+    #[error("cannot {direction} {length} bytes at {offset} of {}: {} ({done} bytes done)", path.display(), os(*errno))]
+    Transfer {
+        /// Which way the bytes moved.
+        direction: Direction,
+        /// The file.
+        path: PathBuf,
+        /// Where the operation began.
+        offset: u64,
+        /// How long the operation was.
+        length: usize,
+        /// How many of its bytes had moved; they need not be the first ones.
+        done: usize,
+        /// The kernel's answer.
+        errno: i32,
+    },
+    /// The file ends inside the range to be read.
+    #[error("{} ends before byte {}: read {done} of {length} bytes at {offset}", path.display(), offset.saturating_add(*length as u64))]
+    EndOfFile {
+        /// The file.
+        path: PathBuf,
+        /// Where the operation began.
+        offset: u64,
+        /// How long the operation was.
+        length: usize,
+        /// How many bytes there were.
+        done: usize,
+    },
+    /// The kernel took no byte of a write and named no error.
+    #[error("nothing more of {length} bytes at {offset} was written to {} ({done} bytes done)", path.display())]
+    WriteZero {
+        /// The file.
+        path: PathBuf,
+        /// Where the operation began.
+        offset: u64,
+        /// How long the operation was.
+        length: usize,
+        /// How many of its bytes had moved.
+        done: usize,
+    },
+    /// Direct I/O needs offsets and lengths that are multiples of the file's alignment.
+    #[error("cannot {direction} {length} bytes at {offset} of {}: not a multiple of {alignment}", path.display())]
+    Misaligned {
+        /// Which way the bytes were to move.
+        direction: Direction,
+        /// The file.
+        path: PathBuf,
+        /// Where the operation was to begin.
+        offset: u64,
+        /// How long the operation was to be.
+        length: usize,
+        /// What both must be multiples of.
+        alignment: usize,
+    },
+    /// The file system cannot hold the file.
+    #[error("no space for {}: {needed} more bytes needed, {free} free", path.display())]
+    NoSpace {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that the file lacks.
+        needed: u64,
+        /// Bytes that the file system still has for this user.
+        free: u64,
+    },
+    /// A file cannot be made, opened, measured, allocated or flushed.
+    #[error("cannot {action} {}: {}", path.display(), os(*errno))]
+    File {
+        /// The verb, such as `create`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        errno: i32,
+    },
+    /// The engine cannot work with this value.
+    #[error("{field} is {value}, but must be {requirement}")]
+    Config {
+        /// The field of [`EngineConfig`](crate::EngineConfig).
+        field: &'static str,
+        /// Its value.
+        value: usize,
+        /// What it must be.
+        requirement: &'static str,
+    },
+    /// The way to the kernel cannot be set up, or broke.
+    #[error("{backend}: cannot {action}: {}", os(*errno))]
+    Backend {
+        /// Which way.
+        backend: BackendKind,
+        /// The verb and its object.
+        action: &'static str,
+        /// The kernel's answer.
+        errno: i32,
+    },
+    /// The engine has been shut down; the operation was not begun, or not finished.
+    #[error("the I/O engine has stopped")]
+    EngineStopped,
+    /// Shutting down took longer than the engine's drain patience.
+    #[error("operations were not over after {patience:?}; {leaked_blocks} blocks are given up")]
+    DrainTimeout {
+        /// How long the engine waited.
+        patience: Duration,
+        /// Blocks that will not return to their pool, because the kernel may still touch them; at most so many if
+        /// the driver thread itself hangs.
+        leaked_blocks: usize,
+    },
+}
+
+impl IoError {
+    /// The kernel's answer, where there was one.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            IoError::Transfer { errno, .. }
+            | IoError::File { errno, .. }
+            | IoError::Backend { errno, .. } => Some(*errno),
+            IoError::NoSpace { .. } => Some(rustix::io::Errno::NOSPC.raw_os_error()),
+            _ => None,
+        }
+    }
+}
+
+/// The text of an errno, with its number.
+fn os(errno: i32) -> io::Error {
+    io::Error::from_raw_os_error(errno)
+}

@@ -1,0 +1,184 @@
+//! What can only be seen in a process that does nothing else: its descriptors, threads, processor time and limits.
+//!
+//! Each law is an ignored test that a plain one runs by itself, in this very binary. Some need a name space of their
+//! own; where the kernel gives none they fail, unless `OVERSPILL_SKIP_NAMESPACES=1` says that this is accepted.
+
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use overspill_io::{BackendChoice, BackendKind, Engine, EngineConfig, Locking, Priority};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::rig::{KIB, Rig, assert_pattern, eventually, finish};
+
+const BOTH: [BackendChoice; 2] = [BackendChoice::Uring, BackendChoice::Threads];
+
+/// Runs the ignored test `name` of this binary in a process of its own.
+fn alone(name: &str) {
+    let binary = std::env::current_exe().unwrap();
+    passed(&Command::new(binary).args(["--ignored", "--exact", name]).output().unwrap());
+}
+
+/// Runs the ignored test `name` of this binary in a process whose user is nobody outside of its own name space, where
+/// it may mount and where the superuser's exemptions from limits end.
+pub(crate) fn apart(name: &str) {
+    let binary = std::env::current_exe().unwrap();
+    let unshare = ["--user", "--map-root-user", "--mount", "--"];
+    let run = Command::new("unshare").args(unshare).arg(binary).args(["--ignored", "--exact", name]).output();
+    match run {
+        Ok(run) if String::from_utf8_lossy(&run.stdout).contains("running 1 test") => passed(&run),
+        Ok(run) => not_tested(name, &String::from_utf8_lossy(&run.stderr)),
+        Err(error) => not_tested(name, &format!("unshare: {error}")),
+    }
+}
+
+/// Passes for a test that did not run only if somebody has said that it may.
+#[track_caller]
+fn not_tested(name: &str, because: &str) {
+    let accepted = std::env::var_os("OVERSPILL_SKIP_NAMESPACES").is_some_and(|value| value == "1");
+    assert!(accepted, "{name} needs a name space; OVERSPILL_SKIP_NAMESPACES=1 does without: {because}");
+    eprintln!("not tested: {name}: {because}");
+}
+
+fn passed(run: &Output) {
+    let said = String::from_utf8_lossy(&run.stdout);
+    let complained = String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success() && said.contains("1 passed"), "{said}\n{complained}");
+}
+
+#[test]
+fn nothing_is_left_behind() {
+    alone("alone::nothing_is_left_behind_here");
+}
+
+#[test]
+fn an_idle_engine_uses_no_processor() {
+    alone("alone::an_idle_engine_uses_no_processor_here");
+}
+
+#[test]
+fn auto_falls_back_to_threads_and_says_why() {
+    alone("alone::auto_falls_back_to_threads_and_says_why_here");
+}
+
+#[test]
+fn without_locked_memory_the_work_goes_on_and_the_reason_is_told() {
+    let law = "alone::without_locked_memory_the_work_goes_on_and_the_reason_is_told_here";
+    // Only the superuser is exempt from the limit; everybody else needs no name space for it to hold.
+    if rustix::process::geteuid().is_root() { apart(law) } else { alone(law) }
+}
+
+fn count(folder: &str) -> usize {
+    std::fs::read_dir(folder).unwrap().count()
+}
+
+#[test]
+#[ignore = "counts what the whole process has; run by nothing_is_left_behind"]
+fn nothing_is_left_behind_here() {
+    let open = || count("/proc/self/fd");
+    let threads = || count("/proc/self/task");
+    let before = (open(), threads());
+    for _ in 0..4 {
+        for backend in BOTH {
+            let rig = Rig::blocks(backend, 64 * KIB, 8);
+            let with_engine = open();
+            for file in 0..20_u64 {
+                let file = rig.create(&file.to_string());
+                drop(rig.engine.write(&file, 0, rig.patterned(64 * KIB, 1), Priority::Background));
+                drop(rig.engine.read(&file, 1 << 20, rig.patterned(64 * KIB, 1), Priority::Urgent));
+            }
+            rig.all_blocks_are_home();
+            eventually("files are closed", || open() == with_engine);
+            let Rig { engine, pool, folder } = rig;
+            drop(engine);
+            assert_eq!(pool.leased_blocks(), 0);
+            drop(folder);
+        }
+        // A thread that was joined stays visible for a moment.
+        eventually("what was opened and started is gone", || (open(), threads()) == before);
+    }
+}
+
+/// Processor time of all of the engine's threads.
+fn processor_ns() -> u64 {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let of_engine =
+        |task: &Path| std::fs::read_to_string(task.join("comm")).unwrap().starts_with("overspill-io");
+    let used = |task: &Path| -> u64 {
+        let stat = std::fs::read_to_string(task.join("schedstat")).unwrap();
+        stat.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    tasks.map(|task| task.unwrap().path()).filter(|task| of_engine(task)).map(|task| used(&task)).sum()
+}
+
+#[test]
+#[ignore = "measures threads by name; run by an_idle_engine_uses_no_processor"]
+fn an_idle_engine_uses_no_processor_here() {
+    for backend in BOTH {
+        let rig = Rig::blocks(backend, 64 * KIB, 1);
+        let file = rig.create("file");
+        drop(rig.write(&file, 0, rig.patterned(64 * KIB, 1)).unwrap());
+        let idle = Duration::from_millis(200);
+        // What follows the last answer may take a moment; a spinning thread would never come to rest.
+        eventually("the engine's threads rest", || {
+            let before = processor_ns();
+            assert!(before > 0, "the threads have worked, so they were found");
+            let began = Instant::now();
+            while began.elapsed() < idle {
+                thread::park_timeout(idle);
+            }
+            processor_ns() == before
+        });
+    }
+}
+
+/// Lowers a limit of this process.
+fn limit(resource: Resource, current: u64) {
+    let maximum = getrlimit(resource).maximum;
+    setrlimit(resource, Rlimit { current: Some(current), maximum }).unwrap();
+}
+
+#[test]
+#[ignore = "limits the whole process; run by auto_falls_back_to_threads_and_says_why"]
+fn auto_falls_back_to_threads_and_says_why_here() {
+    let rig = Rig::blocks(BackendChoice::Threads, 64 * KIB, 1);
+    let file = rig.create("file");
+    // Descriptors are given out by rising number. One is left, for the file on which the threads prove themselves;
+    // the ring needs more.
+    let next = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
+    limit(Resource::Nofile, u64::try_from(next).unwrap() + 1);
+    let forced = EngineConfig { backend: BackendChoice::Uring, ..EngineConfig::default() };
+    let refusal = Engine::start(forced, &rig.pool).unwrap_err();
+    assert_eq!(refusal.errno(), Some(libc::EMFILE), "{refusal}");
+    let engine = Engine::start(EngineConfig::default(), &rig.pool).unwrap();
+    let report = engine.report();
+    assert_eq!(report.backend, BackendKind::Threads);
+    let degraded = report.degraded.unwrap();
+    assert!(degraded.starts_with("io_uring is not available: cannot "), "{degraded}");
+    assert!(degraded.ends_with("(os error 24)"), "{degraded}");
+    let written = engine.write(&file, 0, rig.patterned(64 * KIB, 1), Priority::Urgent);
+    assert_pattern(&finish(written).unwrap(), 1);
+}
+
+#[test]
+#[ignore = "limits the whole process; run by without_locked_memory_the_work_goes_on_and_the_reason_is_told"]
+fn without_locked_memory_the_work_goes_on_and_the_reason_is_told_here() {
+    // Enough for the ring itself, which newer kernels count too.
+    limit(Resource::Memlock, 256 * KIB as u64);
+    for backend in BOTH {
+        let rig = Rig::blocks(backend, 64 * KIB, 64);
+        let Locking::Unlocked { reason } = rig.pool.report().locked else { panic!("4 MiB were locked") };
+        assert!(reason.contains("ulimit -l"), "{reason}");
+        if backend == BackendChoice::Uring {
+            let notes = rig.engine.report().notes;
+            assert!(notes.iter().any(|note| note.starts_with("memory is not registered")), "{notes:?}");
+        }
+        let file = rig.create("file");
+        let mut block = rig.write(&file, 0, rig.patterned(64 * KIB, 1)).unwrap();
+        block.fill(0);
+        assert_pattern(&rig.read(&file, 0, block).unwrap(), 1);
+    }
+}

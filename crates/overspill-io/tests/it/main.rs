@@ -1,0 +1,9 @@
+//! The engine as its users see it.
+
+#![expect(clippy::unwrap_used, reason = "a test ends where its premises do")]
+
+mod alone;
+mod conformance;
+mod rig;
+mod space;
+mod uring;

@@ -1,0 +1,123 @@
+//! What can go wrong in a store: variants for programs, fields for people.
+
+use std::io;
+use std::path::PathBuf;
+
+use overspill_io::{IoError, PoolError};
+
+use crate::extent::Full;
+
+/// Why a store refused or failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The directory, or a file in it other than the data, could not be worked on.
+    #[error("cannot {action} {path}: {source}", path = path.display())]
+    Directory {
+        /// What was tried: "create", "write", ….
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The directory belongs to a process that is running.
+    #[error("{path} is in use{owner}; give this run another directory", path = path.display(),
+        owner = pid.map(|pid| format!(" by process {pid}")).unwrap_or_default())]
+    Locked {
+        /// The directory.
+        path: PathBuf,
+        /// Its owner's process id, when it could be read.
+        pid: Option<u32>,
+    },
+    /// The directory exists and nobody alive owns it.
+    #[error("{path} already exists; it may hold an earlier run: remove it or give this run another directory",
+        path = path.display())]
+    Leftover {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The file system has less room than the store will need.
+    #[error("{path} has {available} bytes free and {needed} are needed", path = path.display())]
+    NoSpace {
+        /// The directory.
+        path: PathBuf,
+        /// Bytes the store needs.
+        needed: u64,
+        /// Bytes the file system has left.
+        available: u64,
+    },
+    /// The data file has no room for one more tensor.
+    #[error("tensor {tensor}: {path} has {source}", path = path.display())]
+    Full {
+        /// The tensor that found no room.
+        tensor: String,
+        /// The data file.
+        path: PathBuf,
+        /// What was asked and what there was.
+        source: Full,
+    },
+    /// Two tensors of one store asked for the same name.
+    #[error("tensor {tensor} already exists in {path}", path = path.display())]
+    DuplicateName {
+        /// The name.
+        tensor: String,
+        /// The store's directory.
+        path: PathBuf,
+    },
+    /// A block does not have the tensor's length.
+    #[error("tensor {tensor} has {expected} bytes, the block {found}")]
+    WrongLength {
+        /// The tensor.
+        tensor: String,
+        /// Its length, in bytes.
+        expected: usize,
+        /// The block's length, in bytes.
+        found: usize,
+    },
+    /// What came back is not what was stored.
+    #[error(
+        "tensor {tensor}: {length} bytes at offset {offset} of {path} are damaged \
+         (checksum {found:016x}, stored as {expected:016x})",
+        path = path.display()
+    )]
+    Corrupt {
+        /// The tensor.
+        tensor: String,
+        /// The data file.
+        path: PathBuf,
+        /// Offset of the tensor's extent, in bytes.
+        offset: u64,
+        /// Length of the tensor, in bytes.
+        length: usize,
+        /// Checksum (XXH3-64) when it was stored.
+        expected: u64,
+        /// Checksum of what was read.
+        found: u64,
+    },
+    /// The engine could not move a tensor.
+    #[error("tensor {tensor}: {source}")]
+    Transfer {
+        /// The tensor.
+        tensor: String,
+        /// What the engine said.
+        source: IoError,
+    },
+    /// A commit found a tensor whose store was never waited for.
+    #[error("tensor {tensor} is not stored: its last write was not waited for")]
+    Unfinished {
+        /// The tensor.
+        tensor: String,
+    },
+    /// A flush failed earlier: what is on storage is unknown from then on.
+    #[error("{path} is unusable: an earlier flush of it failed", path = path.display())]
+    Poisoned {
+        /// The data file.
+        path: PathBuf,
+    },
+    /// The engine refused to open, allocate or flush the data file.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// The pool refused a lease.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+}

@@ -1,0 +1,218 @@
+//! The manifest: what the extents of the data file mean.
+//!
+//! One line of header, then JSON:
+//!
+//! ```text
+//! overspill manifest 1 0123456789abcdef
+//! {"tensors":[{"name":"weights/layer 0/0","offset":0,"length":1048576,"checksum":81985529216486895}]}
+//! ```
+//!
+//! The header names the format's version and the XXH3-64 checksum (16 hexadecimal digits) of everything after the
+//! header's newline. A reader refuses a version that it does not know before it looks at the body. Writing is a
+//! matter of [`crate::Store::commit`]: aside, synced, renamed.
+
+use serde::{Deserialize, Serialize};
+
+use crate::extent::{EXTENT_ALIGNMENT, Extent};
+
+/// The version this code writes, and the only one it reads.
+pub const VERSION: u32 = 1;
+
+const MAGIC: &str = "overspill manifest";
+
+/// All tensors of a store.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// The tensors, in the order of their creation.
+    pub tensors: Vec<TensorRecord>,
+}
+
+/// Where one tensor is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorRecord {
+    /// Unique within the store.
+    pub name: String,
+    /// First byte in the data file.
+    pub offset: u64,
+    /// Length of the tensor, in bytes; its extent is this rounded up to the alignment.
+    pub length: u64,
+    /// XXH3-64 of the `length` bytes.
+    pub checksum: u64,
+}
+
+/// Why a manifest was refused.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ManifestError {
+    /// The first line is not a manifest's.
+    #[error("not a manifest")]
+    NotAManifest,
+    /// Written by another version of the format.
+    #[error("format version {found} is not known here; version {VERSION} is")]
+    UnknownVersion {
+        /// The version in the header.
+        found: u32,
+    },
+    /// The checksum in the header is not that of the body.
+    #[error("damaged: the checksum is {found:016x} and should be {expected:016x}")]
+    Damaged {
+        /// Checksum in the header.
+        expected: u64,
+        /// Checksum of the body.
+        found: u64,
+    },
+    /// The body is not what this version writes.
+    #[error("malformed: {reason}")]
+    Malformed {
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+impl Manifest {
+    /// The bytes of the manifest file.
+    pub fn encode(&self) -> Vec<u8> {
+        let body = serde_json::to_vec(self).expect("numbers and strings always serialize");
+        let mut file = (Self::header(checksum(&body)) + "\n").into_bytes();
+        file.extend_from_slice(&body);
+        file
+    }
+
+    /// Reads the bytes of a manifest file.
+    ///
+    /// # Errors
+    /// [`ManifestError`] for anything that [`Manifest::encode`] does not write, overlapping extents included.
+    pub fn decode(file: &[u8]) -> Result<Self, ManifestError> {
+        let newline =
+            file.iter().take(HEADER_MAX).position(|&b| b == b'\n').ok_or(ManifestError::NotAManifest)?;
+        let (header, body) = (&file[..newline], &file[newline + 1..]);
+        let header = std::str::from_utf8(header).map_err(|_| ManifestError::NotAManifest)?;
+        let mut fields =
+            header.strip_prefix(MAGIC).ok_or(ManifestError::NotAManifest)?.split_ascii_whitespace();
+        let version = fields.next().and_then(|v| v.parse().ok()).ok_or(ManifestError::NotAManifest)?;
+        if version != VERSION {
+            return Err(ManifestError::UnknownVersion { found: version });
+        }
+        let expected =
+            fields.next().and_then(|c| u64::from_str_radix(c, 16).ok()).ok_or(ManifestError::NotAManifest)?;
+        if header != Self::header(expected) {
+            return Err(ManifestError::NotAManifest);
+        }
+        let found = checksum(body);
+        if found != expected {
+            return Err(ManifestError::Damaged { expected, found });
+        }
+        let malformed = |reason| ManifestError::Malformed { reason };
+        let manifest: Self = serde_json::from_slice(body).map_err(|e| malformed(e.to_string()))?;
+        manifest.check().map_err(malformed)?;
+        Ok(manifest)
+    }
+
+    /// The first line, of which there is exactly one form.
+    fn header(checksum: u64) -> String {
+        format!("{MAGIC} {VERSION} {checksum:016x}")
+    }
+
+    /// Names are unique, extents aligned and disjoint.
+    fn check(&self) -> Result<(), String> {
+        let mut names: Vec<_> = self.tensors.iter().map(|t| t.name.as_str()).collect();
+        names.sort_unstable();
+        if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!("tensor {} is listed twice", twice[0]));
+        }
+        let mut extents = Vec::with_capacity(self.tensors.len());
+        for tensor in &self.tensors {
+            let extent =
+                tensor.extent().ok_or_else(|| format!("tensor {} has an impossible extent", tensor.name))?;
+            extents.push((extent, tensor.name.as_str()));
+        }
+        extents.sort_unstable();
+        match extents.windows(2).find(|pair| pair[0].0.end() > pair[1].0.offset) {
+            Some(pair) => Err(format!("tensors {} and {} overlap", pair[0].1, pair[1].1)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl TensorRecord {
+    /// The tensor's extent; `None` when it is misaligned or leaves the address range.
+    fn extent(&self) -> Option<Extent> {
+        let length = self.length.max(1).checked_next_multiple_of(EXTENT_ALIGNMENT)?;
+        self.offset.checked_add(length)?;
+        self.offset.is_multiple_of(EXTENT_ALIGNMENT).then_some(Extent { offset: self.offset, length })
+    }
+}
+
+/// Longest header that is looked at, in bytes.
+const HEADER_MAX: usize = 128;
+
+/// The checksum of everything overspill stores: XXH3-64, seed 0.
+pub(crate) fn checksum(bytes: &[u8]) -> u64 {
+    xxhash_rust::xxh3::xxh3_64(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn record(name: &str, offset: u64, length: u64) -> TensorRecord {
+        TensorRecord { name: name.to_owned(), offset, length, checksum: offset ^ length }
+    }
+
+    fn sealed(body: &str) -> Vec<u8> {
+        format!("{MAGIC} {VERSION} {:016x}\n{body}", checksum(body.as_bytes())).into_bytes()
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_decodes_equal(lengths in prop::collection::vec((1u64..100_000, any::<u64>(), ".{0,8}"), 0..20)) {
+            let mut offset = 0;
+            let tensors = lengths.into_iter().enumerate().map(|(i, (length, checksum, name))| {
+                let record = TensorRecord { name: format!("{i}/{name}"), offset, length, checksum };
+                offset += length.next_multiple_of(EXTENT_ALIGNMENT);
+                record
+            }).collect();
+            let manifest = Manifest { tensors };
+            prop_assert_eq!(Manifest::decode(&manifest.encode()), Ok(manifest));
+        }
+
+        #[test]
+        fn any_flipped_bit_is_refused(position in any::<prop::sample::Index>(), bit in 0u8..8) {
+            let manifest = Manifest { tensors: vec![record("a", 0, 10), record("b", EXTENT_ALIGNMENT, 5000)] };
+            let mut file = manifest.encode();
+            let at = position.index(file.len());
+            file[at] ^= 1 << bit;
+            prop_assert!(Manifest::decode(&file).is_err());
+        }
+
+        #[test]
+        fn no_bytes_make_the_decoder_panic(file in prop::collection::vec(any::<u8>(), 0..300), body in ".{0,200}") {
+            let _unused = Manifest::decode(&file);
+            prop_assert!(Manifest::decode(&sealed(&body)).is_err() || body.contains("tensors"));
+        }
+    }
+
+    #[test]
+    fn a_newer_version_is_refused_before_its_body_is_read() {
+        let file = format!("{MAGIC} 2 whatever comes\nbinary?");
+        assert_eq!(Manifest::decode(file.as_bytes()), Err(ManifestError::UnknownVersion { found: 2 }));
+    }
+
+    #[test]
+    fn overlaps_duplicates_and_impossible_extents_are_refused() {
+        for tensors in [
+            vec![record("a", 0, 5000), record("b", EXTENT_ALIGNMENT, 1)],
+            vec![record("a", 0, 1), record("a", EXTENT_ALIGNMENT, 1)],
+            vec![record("a", 1, 1)],
+            vec![record("a", 0, u64::MAX)],
+        ] {
+            let file = Manifest { tensors }.encode();
+            assert!(matches!(Manifest::decode(&file), Err(ManifestError::Malformed { .. })));
+        }
+        assert!(matches!(Manifest::decode(b"ELF"), Err(ManifestError::NotAManifest)));
+        assert!(matches!(Manifest::decode(&sealed("{}")), Err(ManifestError::Malformed { .. })));
+    }
+}

@@ -1,0 +1,286 @@
+//! A tensor on its way out and back: its state is its type, and moving it is the only way to change it.
+//!
+//! ```text
+//! Vacant ──fill(block)──► Dirty ──store()──► Storing ──wait()──► Swapped
+//!                           ▲ ▲                 └─ failed: Dirty again, the only copy comes home
+//!                    edit() │ └──overwrite(block)──┐
+//!                        Resident ◄──wait()── Loading ◄──load(block)── Swapped
+//!                           └── release() or take(): Swapped; clean, so nothing is written
+//! ```
+//!
+//! The checksum is taken when a tensor is stored, while its bytes are still in cache, and compared when it is loaded.
+
+use std::fmt;
+
+use overspill_io::{BLOCK_ALIGNMENT, Block, Priority, Ticket};
+
+use crate::error::StoreError;
+use crate::manifest::checksum;
+use crate::store::{Key, Store};
+
+/// What every state carries: which tensor of which store.
+struct Id {
+    store: Store,
+    key: Key,
+}
+
+impl Id {
+    fn check_length(&self, block: &Block) -> Result<(), StoreError> {
+        if self.store.bytes(self.key) == block.len() { Ok(()) } else { Err(self.wrong_length(block.len())) }
+    }
+
+    fn wrong_length(&self, found: usize) -> StoreError {
+        let expected = self.store.bytes(self.key);
+        StoreError::WrongLength { tensor: self.store.name(self.key), expected, found }
+    }
+}
+
+impl fmt::Debug for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.store.name(self.key))
+    }
+}
+
+/// A tensor with room on storage and no contents yet.
+#[derive(Debug)]
+#[must_use = "a dropped tensor keeps its room on storage but can't be reached any more"]
+pub struct Vacant(Id);
+
+/// A tensor whose only copy is on storage.
+#[derive(Debug)]
+#[must_use = "a dropped tensor keeps its room on storage but can't be reached any more"]
+pub struct Swapped(Id);
+
+/// A tensor on its way into a block.
+#[derive(Debug)]
+#[must_use = "a load that nobody waits for was for nothing"]
+pub struct Loading {
+    id: Id,
+    ticket: Ticket,
+}
+
+/// A tensor in memory, equal to its copy on storage.
+#[derive(Debug)]
+#[must_use = "a dropped tensor keeps its room on storage but can't be reached any more"]
+pub struct Resident {
+    id: Id,
+    block: Block,
+}
+
+/// A tensor whose only valid copy is in memory.
+#[derive(Debug)]
+#[must_use = "this is the only copy of the tensor"]
+pub struct Dirty {
+    id: Id,
+    block: Block,
+}
+
+/// A tensor on its way to storage.
+#[derive(Debug)]
+#[must_use = "whether the tensor was stored is known only after waiting"]
+pub struct Storing {
+    id: Id,
+    ticket: Ticket<()>,
+    checksum: u64,
+}
+
+/// A block that was refused, because it does not have the tensor's length. Nothing has changed.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct Refused<T> {
+    /// [`StoreError::WrongLength`].
+    pub error: StoreError,
+    /// The tensor.
+    pub tensor: T,
+    /// The block.
+    pub block: Block,
+}
+
+/// A load that failed. The copy on storage is untouched.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct LoadFailed {
+    /// Why.
+    pub error: StoreError,
+    /// The tensor, to try again.
+    pub tensor: Swapped,
+}
+
+/// A store that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct StoreFailed {
+    /// Why.
+    pub error: StoreError,
+    /// The tensor with its data, to try again. `None` only when the kernel never gave the memory back.
+    pub tensor: Option<Dirty>,
+}
+
+impl Vacant {
+    pub(crate) fn new(store: Store, key: Key) -> Self {
+        Self(Id { store, key })
+    }
+
+    /// Length of the tensor, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.0.store.bytes(self.0.key)
+    }
+
+    pub(crate) fn wrong_length(&self, found: usize) -> StoreError {
+        self.0.wrong_length(found)
+    }
+
+    /// Gives the tensor its first contents.
+    ///
+    /// # Errors
+    /// [`Refused`] when the block does not have the tensor's length.
+    pub fn fill(self, block: Block) -> Result<Dirty, Refused<Self>> {
+        match self.0.check_length(&block) {
+            Ok(()) => Ok(Dirty { id: self.0, block }),
+            Err(error) => Err(Refused { error, tensor: self, block }),
+        }
+    }
+}
+
+impl Swapped {
+    /// Length of the tensor, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.0.store.bytes(self.0.key)
+    }
+
+    pub(crate) fn wrong_length(&self, found: usize) -> StoreError {
+        self.0.wrong_length(found)
+    }
+
+    /// Starts reading the tensor into a block of its length.
+    ///
+    /// # Errors
+    /// [`Refused`] when the block does not have the tensor's length.
+    pub fn load(self, block: Block) -> Result<Loading, Refused<Self>> {
+        if let Err(error) = self.0.check_length(&block) {
+            return Err(Refused { error, tensor: self, block });
+        }
+        let Id { store, key } = &self.0;
+        let ticket = store.engine().read(store.data(), store.extent(*key).offset, block, Priority::Urgent);
+        Ok(Loading { id: self.0, ticket })
+    }
+
+    /// Cuts a block that may be longer to the tensor's length.
+    ///
+    /// # Errors
+    /// [`StoreError::WrongLength`] when it is shorter, or can't be cut there.
+    pub(crate) fn fit(&self, mut block: Block) -> Result<Block, StoreError> {
+        let bytes = self.bytes();
+        if bytes < block.len() && bytes.is_multiple_of(BLOCK_ALIGNMENT) {
+            drop(block.split_off(bytes));
+        }
+        self.0.check_length(&block).map(|()| block)
+    }
+
+    /// Replaces the contents without reading them.
+    ///
+    /// # Errors
+    /// [`Refused`] when the block does not have the tensor's length.
+    pub fn overwrite(self, block: Block) -> Result<Dirty, Refused<Self>> {
+        match self.0.check_length(&block) {
+            Ok(()) => Ok(Dirty { id: self.0, block }),
+            Err(error) => Err(Refused { error, tensor: self, block }),
+        }
+    }
+}
+
+impl Loading {
+    /// Whether [`Loading::wait`] would return at once.
+    pub fn is_done(&self) -> bool {
+        self.ticket.is_done()
+    }
+
+    /// Waits for the bytes and compares their checksum with what was stored.
+    ///
+    /// # Errors
+    /// [`LoadFailed`] with [`StoreError::Transfer`] or [`StoreError::Corrupt`].
+    pub fn wait(self) -> Result<Resident, LoadFailed> {
+        let Self { id, ticket } = self;
+        let block = match ticket.wait() {
+            Ok(block) => block,
+            Err(failed) => {
+                let error = id.store.transfer_error(id.key, failed.error);
+                return Err(LoadFailed { error, tensor: Swapped(id) });
+            }
+        };
+        match id.store.verify(id.key, checksum(&block)) {
+            Ok(()) => Ok(Resident { id, block }),
+            Err(error) => Err(LoadFailed { error, tensor: Swapped(id) }),
+        }
+    }
+}
+
+impl Resident {
+    /// The tensor's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.block
+    }
+
+    /// Takes the tensor to change it.
+    pub fn edit(self) -> Dirty {
+        Dirty { id: self.id, block: self.block }
+    }
+
+    /// Gives the memory back; the copy on storage is the same.
+    pub fn release(self) -> Swapped {
+        Swapped(self.id)
+    }
+
+    /// Separates the tensor from the memory, which holds a copy of it for as long as the caller likes.
+    pub fn take(self) -> (Swapped, Block) {
+        (Swapped(self.id), self.block)
+    }
+}
+
+impl Dirty {
+    /// The tensor's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.block
+    }
+
+    /// The tensor's bytes, to change them.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.block
+    }
+
+    /// Starts writing the tensor behind the computation's back. Its block returns to the pool the moment it is
+    /// written, whether or not anybody waits.
+    pub fn store(self) -> Storing {
+        let Self { id, block } = self;
+        let checksum = checksum(&block);
+        let extent = id.store.begin_write(id.key);
+        let ticket =
+            id.store.engine().write_behind(id.store.data(), extent.offset, block, Priority::Background);
+        Storing { id, ticket, checksum }
+    }
+}
+
+impl Storing {
+    /// Whether [`Storing::wait`] would return at once.
+    pub fn is_done(&self) -> bool {
+        self.ticket.is_done()
+    }
+
+    /// Waits until the tensor is on storage.
+    ///
+    /// # Errors
+    /// [`StoreFailed`] with [`StoreError::Transfer`], and the data.
+    pub fn wait(self) -> Result<Swapped, StoreFailed> {
+        let Self { id, ticket, checksum } = self;
+        match ticket.wait() {
+            Ok(()) => {
+                id.store.end_write(id.key, checksum);
+                Ok(Swapped(id))
+            }
+            Err(failed) => {
+                let error = id.store.transfer_error(id.key, failed.error);
+                Err(StoreFailed { error, tensor: failed.block.map(|block| Dirty { id, block }) })
+            }
+        }
+    }
+}

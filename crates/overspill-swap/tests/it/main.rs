@@ -1,0 +1,7 @@
+//! The store on real files, with both backends.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed, its helpers too")]
+
+mod pipeline;
+mod rig;
+mod store;
+mod tiles;

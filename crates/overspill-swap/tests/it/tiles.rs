@@ -1,0 +1,45 @@
+use overspill_swap::StoreError;
+use overspill_swap::tiles::{self, LoadingTiles, StoringTiles};
+use proptest::prelude::*;
+
+use crate::rig::{BACKENDS, BLOCK, Rig};
+
+#[test]
+fn a_row_of_tiles_is_one_piece_of_memory_again() {
+    for backend in BACKENDS {
+        let rig = Rig::new(backend, 1, 1);
+        let vacant = tiles::reserve(&rig.store, "row", BLOCK, 12 << 10).unwrap();
+        assert_eq!(vacant.len(), 6);
+        let mut block = rig.pool.lease(BLOCK).unwrap();
+        let pattern: Vec<u8> = (0..BLOCK).map(|i| (i / 4096 * 31 + i) as u8).collect();
+        block.copy_from_slice(&pattern);
+        let stored = StoringTiles::fill(vacant, block).unwrap().wait().unwrap();
+        let (stored, block) =
+            LoadingTiles::start(stored, rig.pool.lease(BLOCK).unwrap()).unwrap().wait().unwrap();
+        assert_eq!(block.as_ref(), pattern);
+        drop(block);
+
+        rig.flip_bit(40_000);
+        let error = LoadingTiles::start(stored, rig.pool.lease(BLOCK).unwrap()).unwrap().wait().unwrap_err();
+        assert!(matches!(error, StoreError::Corrupt { tensor, .. } if tensor == "row/3"));
+        assert_eq!(rig.pool.leased_blocks(), 0);
+    }
+}
+
+#[test]
+fn a_block_that_is_too_short_is_refused() {
+    let rig = Rig::new(BACKENDS[0], 1, 2);
+    let vacant = tiles::reserve(&rig.store, "row", BLOCK + 4096, 32 << 10).unwrap();
+    let error = StoringTiles::fill(vacant, rig.pool.lease(BLOCK).unwrap()).unwrap_err();
+    assert!(matches!(error, StoreError::WrongLength { tensor, .. } if tensor == "row/2"));
+}
+
+proptest! {
+    #[test]
+    fn tiles_cover_a_tensor_without_gap_or_overlap(bytes in 1usize..10_000, tile_bytes in 1usize..3_000) {
+        let lengths: Vec<_> = tiles::tile_lengths(bytes, tile_bytes).collect();
+        prop_assert_eq!(lengths.iter().sum::<usize>(), bytes);
+        prop_assert!(lengths[..lengths.len() - 1].iter().all(|&length| length == tile_bytes));
+        prop_assert!((1..=tile_bytes).contains(lengths.last().unwrap()));
+    }
+}

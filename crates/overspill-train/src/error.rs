@@ -1,0 +1,80 @@
+//! Everything that can end a training run, as one type.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use overspill_io::{IoError, PoolError};
+use overspill_swap::StoreError;
+use overspill_swap::pipeline::PipelineError;
+
+use crate::checkpoint::CheckpointError;
+use crate::config::ConfigError;
+use crate::data::DataError;
+use crate::plan::TooSmall;
+
+/// Why a training run could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The model's shape was refused.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The training text was refused.
+    #[error(transparent)]
+    Data(DataError),
+    /// A Hugging Face folder could not be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The memory budget does not hold the least that training needs.
+    #[error(transparent)]
+    Memory(#[from] TooSmall),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The I/O engine failed.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// The pool of blocks failed.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The loss or the gradient is no longer a number; the weights are those before this step.
+    #[error("step {step}: {what} is {value}; lower --lr or lengthen --warmup")]
+    Diverged {
+        /// The step, counted from 1.
+        step: u64,
+        /// "the loss" or "the gradient norm".
+        what: &'static str,
+        /// Its value.
+        value: f64,
+    },
+    /// An earlier step failed half-way, so there is no state to go on from.
+    #[error("an earlier step failed, and its state is lost: start again")]
+    Lost,
+    /// Somebody asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// Ends what is going on once somebody asked to stop.
+///
+/// # Errors
+/// [`TrainError::Interrupted`] when `stop` is set.
+pub fn check_stop(stop: &AtomicBool) -> Result<(), TrainError> {
+    if stop.load(Ordering::Relaxed) { Err(TrainError::Interrupted) } else { Ok(()) }
+}
+
+impl From<DataError> for TrainError {
+    fn from(error: DataError) -> Self {
+        match error {
+            DataError::Interrupted => Self::Interrupted,
+            error => Self::Data(error),
+        }
+    }
+}
+
+impl From<PipelineError<TrainError>> for TrainError {
+    fn from(error: PipelineError<TrainError>) -> Self {
+        match error {
+            PipelineError::Store(error) => error.into(),
+            PipelineError::Compute(error) => error,
+        }
+    }
+}

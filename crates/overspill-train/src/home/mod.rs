@@ -1,0 +1,147 @@
+//! Where the training state lives between its uses.
+//!
+//! The trainer asks a [`Home`] for what it needs, unit by unit, and gives back what it made; whether that means
+//! storage ([`SwappedHome`]) or memory ([`MemoryHome`]) is all the trainer does not know. Both run the same
+//! arithmetic on the same numbers, so both give the same bits; the memory form is the reference for the other.
+
+mod buffer;
+mod memory;
+mod swapped;
+
+use std::sync::atomic::AtomicBool;
+
+use bytes::Bytes;
+use overspill_optim::{AdamWConfig, AdamWStep, Isa};
+
+pub use self::buffer::Buffer;
+pub use self::memory::MemoryHome;
+pub use self::swapped::{IoReport, SwappedHome};
+use crate::error::TrainError;
+use crate::layout::{Unit, UnitLayout};
+
+/// Something that a step will ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Visit {
+    /// The weights of a unit.
+    Weights(Unit),
+    /// The saved input of a layer.
+    Input(SavedInput),
+}
+
+/// The input of one layer in one micro-batch, kept for the backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedInput {
+    /// Index of the layer.
+    pub layer: usize,
+    /// Index of the micro-batch.
+    pub micro: usize,
+}
+
+/// What a gradient buffer starts with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GradientStart {
+    /// Zeros: the first contribution of the step.
+    Zero,
+    /// What was put away earlier in this step.
+    Resume,
+}
+
+/// Fills a unit's weights before the first step.
+pub type Source<'a> = dyn FnMut(&UnitLayout, &mut [f32]) -> Result<(), TrainError> + 'a;
+
+/// Owner of weights, gradients, optimizer state and saved inputs.
+pub trait Home {
+    /// Says what will be asked for from now on, in order, so that it can be fetched ahead. What was announced before
+    /// and not asked for is forgotten.
+    ///
+    /// # Errors
+    /// [`TrainError`] when something that was being fetched can't be put back.
+    fn announce(&mut self, visits: Vec<Visit>) -> Result<(), TrainError>;
+
+    /// The weights of a unit, `UnitLayout::padded` little-endian `f32`, valid as long as the bytes are held.
+    ///
+    /// # Errors
+    /// [`TrainError`] when they can't be loaded or are damaged.
+    fn weights(&mut self, unit: Unit) -> Result<Bytes, TrainError>;
+
+    /// A buffer for the gradient of a unit.
+    ///
+    /// # Errors
+    /// [`TrainError`] when no memory is left or an earlier gradient can't be loaded.
+    fn gradient(&mut self, unit: Unit, start: GradientStart) -> Result<Buffer, TrainError>;
+
+    /// Puts a gradient away until [`Home::update`].
+    ///
+    /// # Errors
+    /// [`TrainError`] when it can't be stored.
+    fn put_gradient(&mut self, unit: Unit, gradient: Buffer) -> Result<(), TrainError>;
+
+    /// Puts a layer's input away until [`Home::saved_input`].
+    ///
+    /// # Errors
+    /// [`TrainError`] when it can't be stored.
+    fn save_input(&mut self, which: SavedInput, input: &[f32]) -> Result<(), TrainError>;
+
+    /// The input that was put away.
+    ///
+    /// # Errors
+    /// [`TrainError`] when it can't be loaded or is damaged.
+    fn saved_input(&mut self, which: SavedInput) -> Result<Bytes, TrainError>;
+
+    /// Updates all weights from the gradients that were put away.
+    ///
+    /// # Errors
+    /// [`TrainError::Interrupted`] between two tiles, or what a transfer failed with.
+    fn update(&mut self, update: &Update<'_>) -> Result<(), TrainError>;
+
+    /// What the transfers did so far; `None` when there are none.
+    fn io(&self) -> Option<IoReport>;
+}
+
+/// One optimizer step.
+#[derive(Clone, Copy, Debug)]
+pub struct Update<'a> {
+    /// The arithmetic's constants.
+    pub adamw: AdamWConfig,
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+    /// Decoupled weight decay of the parameters that decay.
+    pub weight_decay: f64,
+    /// Number of this step, from 1.
+    pub step: u64,
+    /// Every gradient is multiplied by this: clipping.
+    pub gradient_scale: f32,
+    /// Which instructions to use.
+    pub isa: Isa,
+    /// Set when the run should stop.
+    pub stop: &'a AtomicBool,
+}
+
+impl Update<'_> {
+    /// Updates the elements `start..` of a unit, as many as the slices have.
+    fn apply(
+        &self,
+        layout: &UnitLayout,
+        start: usize,
+        weights: &mut [f32],
+        gradient: &[f32],
+        exp_avg: &mut [f32],
+        exp_avg_sq: &mut [f32],
+    ) {
+        let step =
+            |decay| AdamWStep::new(&self.adamw, self.learning_rate, decay, self.step, self.gradient_scale);
+        let (plain, decaying) = (step(0.0), step(self.weight_decay));
+        for (range, parameter) in layout.parameters_within(start..start + weights.len()) {
+            let part = range.start - start..range.end - start;
+            overspill_optim::adamw(
+                self.isa,
+                if parameter.role.decays() { &decaying } else { &plain },
+                &mut weights[part.clone()],
+                &gradient[part.clone()],
+                &mut exp_avg[part.clone()],
+                &mut exp_avg_sq[part],
+            )
+            .expect("all slices are cut to the same range");
+        }
+    }
+}

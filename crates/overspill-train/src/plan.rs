@@ -1,0 +1,322 @@
+//! The memory plan: what the budget is spent on, decided before anything is allocated.
+//!
+//! Memory goes to the pool (one class of blocks for each kind of holder, as many blocks as can be held at once), to
+//! the activations that live between layers, to the workspace of the computation inside one layer, to the training
+//! text, and to the process itself. Everything but the pool follows from the model and the batch; the pool's share
+//! is made to fit by shortening the tiles, then by shortening the pipeline.
+
+use overspill_io::BlockClass;
+use overspill_swap::{Store, pipeline};
+
+use crate::config::{ConfigError, ModelConfig};
+use crate::home::SavedInput;
+use crate::layout::{ModelLayout, UNIT_ALIGNMENT, Unit};
+use crate::model::{BatchShape, Model};
+use crate::size::ByteSize;
+
+/// What one optimizer step works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepShape {
+    /// One micro-batch.
+    pub batch: BatchShape,
+    /// Micro-batches per step.
+    pub accumulate: usize,
+}
+
+/// More tokens than this are not worked on at a time; their arithmetic would overflow.
+const TOKENS_MAX: usize = 1 << 30;
+
+impl StepShape {
+    /// Checks that the sizes can be computed with and returns the shape.
+    ///
+    /// # Errors
+    /// [`ConfigError::Impossible`] when one is zero, or all of them make too many tokens.
+    pub fn checked(self) -> Result<Self, ConfigError> {
+        let sizes = [("batch", self.batch.batch), ("seq", self.batch.seq), ("accumulate", self.accumulate)];
+        let mut tokens = 1_usize;
+        for (field, value) in sizes {
+            tokens = tokens.saturating_mul(value);
+            if value == 0 || tokens > TOKENS_MAX {
+                let reason = format!("a step must have between 1 and {TOKENS_MAX} tokens");
+                return Err(ConfigError::Impossible { field, value, reason });
+            }
+        }
+        Ok(self)
+    }
+
+    /// Tokens per optimizer step.
+    pub fn tokens(&self) -> usize {
+        self.batch.tokens() * self.accumulate
+    }
+}
+
+/// What the budget is spent on.
+#[derive(Clone, Debug)]
+pub struct MemoryPlan {
+    depth: usize,
+    tile_elements: usize,
+    accumulate: usize,
+    layers: usize,
+    input_elements: usize,
+    holders: Vec<BlockClass>,
+    /// Bytes of the computation inside one layer, of the activations between layers, of the text and of the tables.
+    compute_bytes: usize,
+}
+
+/// The budget does not hold the least that training needs.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "--memory {budget} is too small: the least that would do is {least} ({blocks} of blocks for {largest} and all \
+     that moves, {computation} of computation and text, {process} for the process)",
+    budget = ByteSize(*budget as u64), least = mebibytes(*least), blocks = ByteSize(*blocks as u64),
+    computation = ByteSize(*computation as u64), process = ByteSize(*process as u64)
+)]
+pub struct TooSmall {
+    /// The budget, in bytes.
+    pub budget: usize,
+    /// The smallest budget that would do, in bytes.
+    pub least: usize,
+    /// The longest unit of the model.
+    pub largest: Unit,
+    /// Of the least: bytes of the pool.
+    pub blocks: usize,
+    /// Of the least: bytes of activations, matrices, text and tables.
+    pub computation: usize,
+    /// Of the least: bytes of the process itself.
+    pub process: usize,
+}
+
+/// Rounded up, so that the amount named does suffice.
+fn mebibytes(bytes: usize) -> String {
+    format!("{}MiB", bytes.div_ceil(1 << 20))
+}
+
+/// Depth of the pipeline when the user does not say.
+pub const DEPTH_DEFAULT: usize = 2;
+
+/// Longest tile, shortest tile that the disk still likes, and shortest tile at all, in elements.
+const TILE_ELEMENTS_MAX: usize = 1 << 20;
+const TILE_ELEMENTS_GOOD: usize = 1 << 16;
+const TILE_ELEMENTS_MIN: usize = 1 << 14;
+
+/// Depths of the pipeline and lengths of tiles, the best first.
+fn candidates(depth: Option<usize>) -> impl Iterator<Item = (usize, usize)> {
+    let depths = move || depth.map_or(0..=DEPTH_DEFAULT, |depth| depth..=depth).rev();
+    let tiles = |longest: usize, shortest: usize| {
+        std::iter::successors(Some(longest), |tile| Some(tile / 2)).take_while(move |&tile| tile >= shortest)
+    };
+    let good = depths()
+        .flat_map(move |depth| tiles(TILE_ELEMENTS_MAX, TILE_ELEMENTS_GOOD).map(move |tile| (depth, tile)));
+    let short = depths().flat_map(move |depth| {
+        tiles(TILE_ELEMENTS_GOOD / 2, TILE_ELEMENTS_MIN).map(move |tile| (depth, tile))
+    });
+    good.chain(short)
+}
+
+/// What the store and the home keep in memory for a tile of weights, gradient and moments: names, extents, handles.
+/// A saved input takes no more.
+const TILE_RECORD_BYTES: usize = 1 << 10;
+
+/// What the layouts of a unit take in memory, as if it were this many more tiles.
+const UNIT_TILES: usize = 4;
+
+/// Code, stacks, the allocator's slack, tables: what a process needs beside what it was asked to hold.
+const PROCESS_BYTES: usize = 24 << 20;
+
+fn process_bytes() -> usize {
+    PROCESS_BYTES + rayon::current_num_threads() * THREAD_BYTES
+}
+
+/// What each computing thread keeps for good: the buffer in which a product packs its operands.
+const THREAD_BYTES: usize = 4 << 20;
+
+impl MemoryPlan {
+    /// Finds the plan with the deepest pipeline, then the longest tiles, that fits the budget; tiles become shorter than
+    /// the disk likes only when no shallower pipeline helps.
+    ///
+    /// `depth` fixes the depth; `held_bytes` is what is in memory already: the training text and its tokenizer.
+    ///
+    /// # Errors
+    /// [`TooSmall`] when nothing fits.
+    pub fn new(
+        config: &ModelConfig,
+        layout: &ModelLayout,
+        shape: StepShape,
+        depth: Option<usize>,
+        held_bytes: usize,
+        budget: usize,
+    ) -> Result<Self, TooSmall> {
+        let plans = || {
+            candidates(depth).map(|(depth, tile)| Self::with(config, layout, shape, depth, tile, held_bytes))
+        };
+        if let Some(plan) = plans().find(|plan| plan.total_bytes() <= budget) {
+            return Ok(plan);
+        }
+        let least = plans().min_by_key(Self::total_bytes).expect("there are depths and tiles to choose from");
+        // The first of the longest.
+        let largest = layout.units().iter().rev().max_by_key(|unit| unit.padded).expect("a model has units");
+        Err(TooSmall {
+            budget,
+            least: least.total_bytes(),
+            largest: largest.unit,
+            blocks: least.pool_bytes(),
+            computation: least.compute_bytes,
+            process: process_bytes(),
+        })
+    }
+
+    /// The smallest budget for which there is a plan, in bytes.
+    pub fn least_bytes(
+        config: &ModelConfig,
+        layout: &ModelLayout,
+        shape: StepShape,
+        depth: Option<usize>,
+        held_bytes: usize,
+    ) -> usize {
+        let plans =
+            candidates(depth).map(|(depth, tile)| Self::with(config, layout, shape, depth, tile, held_bytes));
+        plans.map(|plan| plan.total_bytes()).min().unwrap_or(usize::MAX)
+    }
+
+    fn with(
+        config: &ModelConfig,
+        layout: &ModelLayout,
+        shape: StepShape,
+        depth: usize,
+        tile_elements: usize,
+        held_bytes: usize,
+    ) -> Self {
+        let longest = layout.largest_unit_bytes() / size_of::<f32>();
+        let input_elements = shape.batch.tokens() * config.hidden;
+        // Every micro-batch has an activation on its way up, and a gradient on its way down beside it.
+        let between_layers = 2 * shape.accumulate * input_elements * size_of::<f32>();
+        // The heap keeps some pages of what was dropped in a layer until the layer is done.
+        let workspace = Model::workspace_bytes(config, shape.batch);
+        let ids = 2 * shape.tokens() * size_of::<u32>();
+        // Sine and cosine of the rotary embedding.
+        let turns = shape.batch.seq * config.head_dim * size_of::<f32>();
+        let mut plan = Self {
+            depth,
+            tile_elements: tile_elements.min(longest),
+            accumulate: shape.accumulate,
+            layers: config.layers,
+            input_elements,
+            holders: Vec::new(),
+            compute_bytes: workspace + workspace / 4 + between_layers + held_bytes + ids + turns,
+        };
+        let tiles = layout.units().iter().map(|unit| unit.padded.div_ceil(plan.tile_elements)).sum::<usize>();
+        let records = tiles + plan.saved_inputs() + layout.units().len() * UNIT_TILES;
+        plan.compute_bytes += records * TILE_RECORD_BYTES;
+        plan.holders = plan.holders(config, layout);
+        plan
+    }
+
+    /// Who can hold blocks, and how many at once.
+    fn holders(&self, config: &ModelConfig, layout: &ModelLayout) -> Vec<BlockClass> {
+        let bytes = |unit| self.unit_block_bytes(layout, unit);
+        let items = pipeline::items_in_memory(self.depth);
+        let holder = |name, block_bytes, count| BlockClass { name, block_bytes, count };
+        let mut holders = vec![
+            // The layer at work, those being fetched, and the gradient.
+            holder("layer", bytes(Unit::Layer(0)), 2 + self.units_ahead()),
+            // Weights and gradient.
+            holder("embedding", bytes(Unit::Embedding), 2),
+            // One being saved or used, and those being fetched.
+            holder("saved input", self.input_bytes(), 2 + self.look_ahead()),
+            holder("tile of weights or gradients", self.tile_bytes(), 2 * items),
+            holder("tile of moments", 2 * self.tile_bytes(), items),
+        ];
+        // An untied head is as long as the embedding and takes turns with it; a tied one is held beside it.
+        if config.tied {
+            holders.push(holder("head", bytes(Unit::Head), 2));
+        }
+        holders
+    }
+
+    /// The pool's classes: holders of equal blocks share a class that has room for all of them.
+    pub fn classes(&self) -> Vec<BlockClass> {
+        let mut classes: Vec<BlockClass> = Vec::new();
+        for holder in &self.holders {
+            match classes.iter_mut().find(|class| class.block_bytes == holder.block_bytes) {
+                Some(class) => class.count += holder.count,
+                None => classes.push(*holder),
+            }
+        }
+        classes
+    }
+
+    /// Bytes of the pool.
+    pub fn pool_bytes(&self) -> usize {
+        self.holders.iter().map(|holder| holder.block_bytes * holder.count).sum()
+    }
+
+    /// Bytes of everything: what the budget has to hold.
+    pub fn total_bytes(&self) -> usize {
+        self.pool_bytes() + self.compute_bytes + process_bytes()
+    }
+
+    /// Bytes that the store will take.
+    pub fn storage_bytes(&self, layout: &ModelLayout) -> u64 {
+        let state = layout.units().iter().flat_map(|unit| {
+            let bytes = unit.padded_bytes();
+            [bytes, bytes, 2 * bytes]
+        });
+        let inputs = (0..self.saved_inputs()).map(|_| self.input_bytes());
+        Store::capacity_for(state.chain(inputs))
+    }
+
+    /// Items that the pipeline loads ahead and stores behind.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Visits that are fetched ahead: the next layer's weights and its saved input, or nothing at depth 0.
+    pub fn look_ahead(&self) -> usize {
+        2 * self.units_ahead()
+    }
+
+    /// Units that are fetched ahead: one is enough, since computing a layer takes longer than loading it.
+    pub fn units_ahead(&self) -> usize {
+        self.depth.min(1)
+    }
+
+    /// Elements of a tile.
+    pub fn tile_elements(&self) -> usize {
+        self.tile_elements
+    }
+
+    /// Bytes of a tile of one array.
+    pub fn tile_bytes(&self) -> usize {
+        self.tile_elements * size_of::<f32>()
+    }
+
+    /// Bytes of the blocks that hold this unit.
+    pub fn unit_block_bytes(&self, layout: &ModelLayout, unit: Unit) -> usize {
+        let (embedding, head) = (layout.unit(Unit::Embedding), layout.unit(Unit::Head));
+        match unit {
+            Unit::Layer(_) => layout.unit(unit).padded_bytes(),
+            Unit::Head if head.numel() < embedding.numel() => head.padded_bytes(),
+            Unit::Embedding | Unit::Head => embedding.padded_bytes().max(head.padded_bytes()),
+        }
+    }
+
+    /// Inputs that are saved at the same time: one per layer and micro-batch.
+    pub fn saved_inputs(&self) -> usize {
+        self.layers * self.accumulate
+    }
+
+    /// Where a saved input stands among all.
+    pub fn input_index(&self, which: SavedInput) -> usize {
+        which.layer * self.accumulate + which.micro
+    }
+
+    /// Elements of a layer's input.
+    pub fn input_elements(&self) -> usize {
+        self.input_elements
+    }
+
+    /// Bytes of a saved input, padded.
+    pub fn input_bytes(&self) -> usize {
+        self.input_elements.next_multiple_of(UNIT_ALIGNMENT) * size_of::<f32>()
+    }
+}

@@ -1,0 +1,328 @@
+//! A whole run: from what the user wants to the summary of what happened.
+//!
+//! Everything that can be refused is refused before anything is made: model, output folder, text, memory plan, swap
+//! directory and disk space, in this order. Then come the pool, the engine, the output folder with all the room it
+//! will need, and the store in a directory that the run makes and removes.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use overspill_io::{Engine, EngineConfig, Locking, Pool};
+use overspill_optim::Isa;
+use overspill_swap::Store;
+
+use crate::checkpoint::{Checkpoint, CheckpointWriter};
+use crate::config::ModelConfig;
+use crate::data::{Batches, Corpus, Tokenizer};
+use crate::error::{TrainError, check_stop};
+use crate::home::{Home, IoReport, MemoryHome, SwappedHome};
+use crate::init::Initializer;
+use crate::layout::{ModelLayout, UnitLayout};
+use crate::options::{ModelChoice, Residence, RunOptions, StorageChoice};
+use crate::plan::MemoryPlan;
+use crate::report::{self, Ledger, Measured, Summary};
+use crate::trainer::{Settings, StepReport, Trainer};
+
+/// Hears how a run gets on.
+pub trait Observer {
+    /// Everything was accepted; the first weights are being written.
+    fn started(&mut self, run: &RunFacts<'_>);
+    /// Something works, but not as well as it could: unlocked memory, buffered files.
+    fn noted(&mut self, note: &str);
+    /// A unit's first weights are in place.
+    fn initialized(&mut self, units_done: usize, units: usize);
+    /// A step is done.
+    fn stepped(&mut self, step: &StepReport, io: IoReport);
+    /// The trained model is being written; `units_done` of `units` are.
+    fn exported(&mut self, units_done: usize, units: usize);
+}
+
+/// What is known when a run starts.
+#[derive(Clone, Copy, Debug)]
+pub struct RunFacts<'a> {
+    /// Number of parameters.
+    pub parameters: usize,
+    /// Bytes of weights, gradients and moments.
+    pub state_bytes: u64,
+    /// Memory budget, in bytes; `None` when there is none.
+    pub memory_budget_bytes: Option<u64>,
+    /// Tokens per step.
+    pub tokens_per_step: usize,
+    /// Steps of the run.
+    pub steps: u64,
+    /// Which backend moves the bytes.
+    pub backend: &'a str,
+    /// Why not a better one.
+    pub degraded_reason: Option<&'a str>,
+}
+
+/// The name of a run's own directory inside `--swap-dir`.
+const STORE_NAME: &str = "overspill-store";
+
+/// How many leftovers of dead runs a fresh name steps around.
+const NAMES_MAX: u32 = 1000;
+
+/// Trains a model.
+///
+/// # Errors
+/// [`TrainError`], in one line that says what happened, where, and what to do. Nothing is left behind.
+pub fn run(
+    options: &RunOptions,
+    stop: &AtomicBool,
+    observer: &mut dyn Observer,
+) -> Result<Summary, TrainError> {
+    let prepared = Prepared::new(options, stop)?;
+    match &options.residence {
+        Residence::Memory => prepared.in_memory(options, stop, observer),
+        Residence::Storage(storage) => prepared.on_storage(options, storage, stop, observer),
+    }
+}
+
+/// How the bytes are moved, in the words of the report.
+struct Transport {
+    name: String,
+    degraded: Option<String>,
+    notes: Vec<String>,
+}
+
+/// Everything that was checked before anything was made.
+struct Prepared {
+    config: ModelConfig,
+    layout: ModelLayout,
+    checkpoint: Option<Checkpoint>,
+    tokenizer: Tokenizer,
+    batches: Batches,
+    plan: MemoryPlan,
+}
+
+impl Prepared {
+    fn new(options: &RunOptions, stop: &AtomicBool) -> Result<Self, TrainError> {
+        let shape = options.shape.checked()?;
+        let (config, tokenizer, checkpoint) = match &options.model {
+            ModelChoice::Fresh(fresh) => (fresh.config(shape)?, Tokenizer::Bytes, None),
+            ModelChoice::Folder(folder) => {
+                let checkpoint = Checkpoint::open(folder)?;
+                (checkpoint.config().clone(), Tokenizer::open(folder)?, Some(checkpoint))
+            }
+        };
+        let layout = ModelLayout::new(&config);
+        if let Some(out) = &options.out {
+            CheckpointWriter::check_destination(out)?;
+        }
+        let (depth, budget) = match &options.residence {
+            Residence::Memory => (Some(0), usize::MAX),
+            Residence::Storage(storage) => (storage.depth, options.memory),
+        };
+        let plan = |held| MemoryPlan::new(&config, &layout, shape, depth, held, budget);
+        // The tokenizer is in memory already, and nobody but the system knows how large it is.
+        let tokenizer_bytes = match &tokenizer {
+            Tokenizer::Bytes => 0,
+            Tokenizer::Json(_) => held_since(options.baseline_rss_bytes),
+        };
+        plan(tokenizer_bytes)?;
+        let least = MemoryPlan::least_bytes(&config, &layout, shape, depth, tokenizer_bytes);
+        let corpus = match options.data.as_slice() {
+            [] => Corpus::embedded(&tokenizer)?,
+            files => Corpus::read(files, &tokenizer, budget - least, stop)?,
+        };
+        let batches = Batches::new(corpus, config.vocab, shape.batch, options.seed)?;
+        let plan = plan(tokenizer_bytes + batches.corpus().memory_bytes())?;
+        if let Residence::Storage(storage) = &options.residence {
+            Store::check(&store_directory(storage), plan.storage_bytes(&layout))?;
+        }
+        Ok(Self { config, layout, checkpoint, tokenizer, batches, plan })
+    }
+
+    fn in_memory(
+        self,
+        options: &RunOptions,
+        stop: &AtomicBool,
+        observer: &mut dyn Observer,
+    ) -> Result<Summary, TrainError> {
+        let transport = Transport { name: "memory".to_owned(), degraded: None, notes: Vec::new() };
+        let out = self.out(options)?;
+        self.announce(options, &transport, observer);
+        let home = MemoryHome::new(&self.layout, &mut self.source(options, stop, observer))?;
+        self.train(options, home, &transport, out, |_| Ok(()), stop, observer)
+    }
+
+    fn on_storage(
+        self,
+        options: &RunOptions,
+        storage: &StorageChoice,
+        stop: &AtomicBool,
+        observer: &mut dyn Observer,
+    ) -> Result<Summary, TrainError> {
+        let pool = Pool::new(&self.plan.classes())?;
+        let config = EngineConfig { backend: storage.backend, ..EngineConfig::default() };
+        let engine = Engine::start(config, &pool)?;
+        let engine_report = engine.report();
+        let mut notes = engine_report.notes;
+        if let Locking::Unlocked { reason } = pool.report().locked {
+            notes.push(format!("memory is not locked: {reason}"));
+        }
+        let transport =
+            Transport { name: engine_report.backend.to_string(), degraded: engine_report.degraded, notes };
+        let out = self.out(options)?;
+        self.announce(options, &transport, observer);
+        let home = SwappedHome::create(
+            &self.layout,
+            &self.plan,
+            &store_directory(storage),
+            &pool,
+            &engine,
+            &mut self.source(options, stop, observer),
+        )?;
+        if let Some(note) = home.note() {
+            observer.noted(note);
+        }
+        let keep = |home: &mut SwappedHome| match storage.keep {
+            true => Ok(home.keep()?),
+            false => Ok(()),
+        };
+        self.train(options, home, &transport, out, keep, stop, observer)
+    }
+
+    /// The output folder, with all the room it will need, so that no run ends on a full disk.
+    fn out(&self, options: &RunOptions) -> Result<Option<CheckpointWriter>, TrainError> {
+        let create = |out: &PathBuf| match &self.checkpoint {
+            Some(source) => CheckpointWriter::create_from(out, source, &self.layout, &self.tokenizer),
+            None => CheckpointWriter::create(out, &self.config, &self.layout, &self.tokenizer),
+        };
+        Ok(options.out.as_ref().map(create).transpose()?)
+    }
+
+    /// Where first weights come from.
+    fn source<'a>(
+        &'a self,
+        options: &RunOptions,
+        stop: &'a AtomicBool,
+        observer: &'a mut dyn Observer,
+    ) -> impl FnMut(&UnitLayout, &mut [f32]) -> Result<(), TrainError> + use<'a> {
+        let initializer = Initializer::new(&self.config, &self.layout, options.seed);
+        let units = self.layout.units().len();
+        let mut done = 0;
+        move |unit, weights| {
+            check_stop(stop)?;
+            match &self.checkpoint {
+                Some(checkpoint) => checkpoint.read_unit(unit, weights)?,
+                None => initializer.fill(unit, weights),
+            }
+            done += 1;
+            observer.initialized(done, units);
+            Ok(())
+        }
+    }
+
+    /// Weights, gradients and both moments.
+    fn state_bytes(&self) -> u64 {
+        4 * self.layout.padded_bytes() as u64
+    }
+
+    fn announce(&self, options: &RunOptions, transport: &Transport, observer: &mut dyn Observer) {
+        observer.started(&RunFacts {
+            parameters: self.layout.numel(),
+            state_bytes: self.state_bytes(),
+            memory_budget_bytes: budget(options),
+            tokens_per_step: options.shape.tokens(),
+            steps: options.schedule.steps,
+            backend: &transport.name,
+            degraded_reason: transport.degraded.as_deref(),
+        });
+        for note in &transport.notes {
+            observer.noted(note);
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "all that was made for the run, to be used up")]
+    fn train<H: Home>(
+        self,
+        options: &RunOptions,
+        home: H,
+        transport: &Transport,
+        out: Option<CheckpointWriter>,
+        finish: impl FnOnce(&mut H) -> Result<(), TrainError>,
+        stop: &AtomicBool,
+        observer: &mut dyn Observer,
+    ) -> Result<Summary, TrainError> {
+        let state_bytes = self.state_bytes();
+        let settings = Settings {
+            shape: options.shape,
+            schedule: options.schedule,
+            weight_decay: options.weight_decay,
+            clip: options.clip,
+            adamw: options.adamw,
+            isa: Isa::detect(),
+        };
+        let mut trainer = Trainer::new(&self.config, &self.layout, settings, home, self.batches);
+        let io_before = trainer.home().io().unwrap_or_default();
+        let mut ledger = Ledger::default();
+        for _ in 0..options.schedule.steps {
+            let step = trainer.step(stop)?;
+            ledger.record(&step);
+            observer.stepped(&step, trainer.home().io().unwrap_or_default().since(&io_before));
+        }
+        let io_after = trainer.home().io().unwrap_or_default();
+        let mut written = None;
+        if let Some(mut out) = out {
+            let units = self.layout.units().len();
+            let mut done = 0;
+            trainer.weights(|unit, weights| {
+                check_stop(stop)?;
+                out.write_unit(unit, weights)?;
+                done += 1;
+                observer.exported(done, units);
+                Ok(())
+            })?;
+            written = Some(out);
+        }
+        finish(trainer.home())?;
+        // The store goes before the folder comes: it may stand in its way.
+        drop(trainer);
+        if let Some(written) = written {
+            written.finish()?;
+        }
+        let mut summary = Summary {
+            parameters: self.layout.numel() as u64,
+            state_bytes,
+            memory_budget_bytes: budget(options),
+            memory_planned_bytes: budget(options).map(|_| self.plan.total_bytes() as u64),
+            baseline_rss_bytes: options.baseline_rss_bytes,
+            backend: transport.name.clone(),
+            degraded_reason: transport.degraded.clone(),
+            depth: self.plan.depth(),
+            tile_bytes: self.plan.tile_bytes(),
+            ..Summary::default()
+        };
+        let measured = Measured {
+            io_before,
+            io_after,
+            tokens_per_step: options.shape.tokens(),
+            parameters: self.layout.numel(),
+        };
+        ledger.summarize(&measured, &mut summary);
+        Ok(summary)
+    }
+}
+
+/// The memory budget, when there is one.
+fn budget(options: &RunOptions) -> Option<u64> {
+    matches!(options.residence, Residence::Storage(_)).then_some(options.memory as u64)
+}
+
+/// Resident memory that came since the process began, in whole MiB.
+fn held_since(baseline_rss_bytes: u64) -> usize {
+    let resident = report::memory_of_process("VmRSS").unwrap_or(0);
+    (resident.saturating_sub(baseline_rss_bytes) as usize).next_multiple_of(1 << 20)
+}
+
+/// The directory that the store will make. Inside `--swap-dir` it has one name, so that two runs on it meet and the
+/// second is refused; in the current directory each run has a name of its own.
+fn store_directory(storage: &StorageChoice) -> PathBuf {
+    if let Some(parent) = &storage.directory {
+        return parent.join(STORE_NAME);
+    }
+    let process = std::process::id();
+    let mut names = (0..NAMES_MAX).map(|n| PathBuf::from(format!("{STORE_NAME}-{process}-{n}")));
+    names.find(|path| !path.exists()).unwrap_or_else(|| PathBuf::from(STORE_NAME))
+}

@@ -1,0 +1,8 @@
+//! Integration tests of the trainer, one binary.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed, its helpers too")]
+
+mod checkpoint;
+mod data;
+mod model;
+mod parity;
+mod training;

@@ -1,0 +1,259 @@
+//! Training on storage is training in memory: the same bits, whatever the seed, the shape, the depth, the backend.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use overspill_io::{BackendChoice, Engine, EngineConfig, Pool};
+use overspill_optim::{AdamWConfig, Isa};
+use overspill_swap::StoreError;
+use overspill_train::config::ModelConfig;
+use overspill_train::data::{Batches, Corpus, Tokenizer};
+use overspill_train::home::{Home, MemoryHome, SwappedHome};
+use overspill_train::layout::{ModelLayout, UnitLayout};
+use overspill_train::model::BatchShape;
+use overspill_train::plan::{MemoryPlan, StepShape};
+use overspill_train::schedule::Schedule;
+use overspill_train::trainer::{BatchSource, Settings, Trainer};
+use overspill_train::{Initializer, TrainError};
+
+const STEPS: u64 = 4;
+static RUNNING: AtomicBool = AtomicBool::new(false);
+
+/// What is trained.
+struct Case {
+    config: ModelConfig,
+    layout: ModelLayout,
+    shape: StepShape,
+    seed: u64,
+}
+
+impl Case {
+    /// A tied model in one micro-batch, whose embedding is its longest unit.
+    fn tied(seed: u64) -> Self {
+        let text = r#"{"vocab_size": 256, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": true}"#;
+        Self::new(text, StepShape { batch: BatchShape { batch: 2, seq: 24 }, accumulate: 1 }, seed)
+    }
+
+    /// An untied model in three micro-batches, whose layers are its longest units and whose tiles end unevenly.
+    fn untied(seed: u64) -> Self {
+        let text = r#"{"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 1, "head_dim": 24, "intermediate_size": 200}"#;
+        Self::new(text, StepShape { batch: BatchShape { batch: 1, seq: 33 }, accumulate: 3 }, seed)
+    }
+
+    fn new(text: &str, shape: StepShape, seed: u64) -> Self {
+        let config = ModelConfig::from_json(text, Path::new("config.json")).unwrap();
+        Self { layout: ModelLayout::new(&config), config, shape, seed }
+    }
+
+    fn plan(&self, depth: usize) -> MemoryPlan {
+        // The least that will do makes the shortest tiles, so that units have many.
+        let error = MemoryPlan::new(&self.config, &self.layout, self.shape, Some(depth), 0, 0).unwrap_err();
+        MemoryPlan::new(&self.config, &self.layout, self.shape, Some(depth), 0, error.least).unwrap()
+    }
+
+    fn trainer<H: Home>(&self, home: H) -> Trainer<H, Batches> {
+        let settings = Settings {
+            shape: self.shape,
+            schedule: Schedule { peak: 3e-3, warmup: 2, steps: STEPS },
+            weight_decay: 0.1,
+            clip: Some(0.8),
+            adamw: AdamWConfig::default(),
+            isa: Isa::detect(),
+        };
+        let corpus = Corpus::embedded(&Tokenizer::Bytes).unwrap();
+        let batches = Batches::new(corpus, self.config.vocab, self.shape.batch, self.seed).unwrap();
+        Trainer::new(&self.config, &self.layout, settings, home, batches)
+    }
+
+    fn in_memory(&self) -> Trained {
+        let first = Initializer::new(&self.config, &self.layout, self.seed);
+        let home = MemoryHome::new(&self.layout, &mut drawn(&first)).unwrap();
+        Trained::by(self.trainer(home))
+    }
+}
+
+/// First weights that are drawn.
+fn drawn(first: &Initializer) -> impl FnMut(&UnitLayout, &mut [f32]) -> Result<(), TrainError> {
+    |unit, weights| {
+        first.fill(unit, weights);
+        Ok(())
+    }
+}
+
+/// What came out: losses and weights, as bits.
+#[derive(PartialEq, Eq)]
+struct Trained {
+    losses: Vec<u64>,
+    norms: Vec<u64>,
+    weights: Vec<u32>,
+}
+
+impl Trained {
+    fn by<H: Home>(mut trainer: Trainer<H, Batches>) -> Self {
+        let reports: Vec<_> = (0..STEPS).map(|_| trainer.step(&RUNNING).unwrap()).collect();
+        let mut weights = Vec::new();
+        trainer
+            .weights(|unit, values| {
+                let parameters =
+                    unit.parameters.iter().flat_map(|parameter| &values[parameter.range.clone()]);
+                weights.extend(parameters.map(|value| value.to_bits()));
+                Ok(())
+            })
+            .unwrap();
+        Self {
+            losses: reports.iter().map(|report| report.loss.to_bits()).collect(),
+            norms: reports.iter().map(|report| report.gradient_norm.to_bits()).collect(),
+            weights,
+        }
+    }
+}
+
+/// A swapped run's surroundings; fields are dropped from top to bottom.
+struct Storage {
+    trainer: Trainer<SwappedHome, Batches>,
+    pool: Pool,
+    folder: tempfile::TempDir,
+}
+
+impl Storage {
+    fn new(case: &Case, depth: usize, backend: BackendChoice) -> Self {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let plan = case.plan(depth);
+        let pool = Pool::new(&plan.classes()).unwrap();
+        let engine = Engine::start(EngineConfig { backend, ..EngineConfig::default() }, &pool).unwrap();
+        let first = Initializer::new(&case.config, &case.layout, case.seed);
+        let store = folder.path().join("store");
+        let fill = &mut drawn(&first);
+        let home = SwappedHome::create(&case.layout, &plan, &store, &pool, &engine, fill).unwrap();
+        Self { trainer: case.trainer(home), pool, folder }
+    }
+}
+
+fn swapped_equals_in_memory(case: fn(u64) -> Case) {
+    let mut seeds = Vec::new();
+    for seed in [1, 2] {
+        let case = case(seed);
+        let reference = case.in_memory();
+        assert!(f64::from_bits(reference.losses[3]) < f64::from_bits(reference.losses[0]), "it learns");
+        for backend in [BackendChoice::Uring, BackendChoice::Threads] {
+            for depth in [0, 2] {
+                let storage = Storage::new(&case, depth, backend);
+                let swapped = Trained::by(storage.trainer);
+                assert_eq!(swapped.losses, reference.losses, "seed {seed}, {backend}, depth {depth}");
+                assert!(swapped == reference, "seed {seed}, {backend}, depth {depth}");
+                assert_eq!(storage.pool.leased_blocks(), 0);
+            }
+        }
+        seeds.push(reference);
+    }
+    assert!(seeds[0] != seeds[1], "the seed matters");
+}
+
+#[test]
+fn a_tied_model_trains_to_the_same_bits_on_storage_and_in_memory() {
+    swapped_equals_in_memory(Case::tied);
+}
+
+#[test]
+fn an_untied_model_with_accumulation_trains_to_the_same_bits_on_storage_and_in_memory() {
+    swapped_equals_in_memory(Case::untied);
+}
+
+/// The same tokens for every step: as one batch, or cut into micro-batches.
+struct Whole {
+    ids: Vec<u32>,
+    batch: usize,
+}
+
+impl BatchSource for Whole {
+    fn fill(&self, _step: u64, micro: usize, inputs: &mut Vec<u32>, targets: &mut Vec<u32>) {
+        let tokens = self.batch * 24;
+        let rows = &self.ids[micro * tokens..(micro + 1) * tokens];
+        inputs.extend(rows);
+        targets.extend(rows.iter().map(|id| (id + 1) % 256));
+    }
+}
+
+#[test]
+fn micro_batches_add_up_to_the_batch_they_are_parts_of() {
+    let ids: Vec<u32> = (0..48).map(|i| (i * 37 % 256) as u32).collect();
+    let loss = |batch, accumulate| {
+        let case = Case::new(
+            r#"{"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "intermediate_size": 32}"#,
+            StepShape { batch: BatchShape { batch, seq: 24 }, accumulate },
+            3,
+        );
+        let first = Initializer::new(&case.config, &case.layout, case.seed);
+        let home = MemoryHome::new(&case.layout, &mut drawn(&first)).unwrap();
+        let settings = Settings {
+            shape: case.shape,
+            schedule: Schedule { peak: 1e-2, warmup: 0, steps: 3 },
+            weight_decay: 0.0,
+            clip: None,
+            adamw: AdamWConfig::default(),
+            isa: Isa::detect(),
+        };
+        let mut trainer =
+            Trainer::new(&case.config, &case.layout, settings, home, Whole { ids: ids.clone(), batch });
+        (0..3).map(|_| trainer.step(&RUNNING).unwrap().loss).collect::<Vec<_>>()
+    };
+    for (whole, halves) in loss(2, 1).into_iter().zip(loss(1, 2)) {
+        assert!((whole - halves).abs() < 1e-4 * whole, "{whole} and {halves}");
+    }
+}
+
+#[test]
+fn damage_on_storage_ends_the_run_and_names_the_tensor() {
+    let case = Case::untied(1);
+    let mut storage = Storage::new(&case, 2, BackendChoice::Auto);
+    storage.trainer.step(&RUNNING).unwrap();
+    let data = storage.folder.path().join("store/data");
+    let mut bytes = std::fs::read(&data).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[..middle].iter_mut().for_each(|byte| *byte ^= 1);
+    std::fs::write(&data, bytes).unwrap();
+    let error = storage.trainer.step(&RUNNING).unwrap_err();
+    assert!(
+        matches!(&error, TrainError::Store(StoreError::Corrupt { tensor, .. }) if tensor.starts_with("weights/embedding")),
+        "{error}"
+    );
+    assert!(
+        matches!(storage.trainer.step(&RUNNING), Err(TrainError::Lost)),
+        "there is no state to go on from"
+    );
+    drop(storage.trainer);
+    assert_eq!(storage.pool.leased_blocks(), 0);
+    assert!(!storage.folder.path().join("store").exists());
+}
+
+#[test]
+fn a_step_that_was_stopped_can_be_taken_again_with_the_same_bits() {
+    let case = Case::untied(1);
+    let reference = case.in_memory();
+    let mut storage = Storage::new(&case, 2, BackendChoice::Auto);
+    let first = storage.trainer.step(&RUNNING).unwrap();
+    let error = storage.trainer.step(&AtomicBool::new(true)).unwrap_err();
+    assert!(matches!(error, TrainError::Interrupted));
+    let second = storage.trainer.step(&RUNNING).unwrap();
+    assert_eq!([first.loss.to_bits(), second.loss.to_bits()], reference.losses[..2]);
+    drop(storage.trainer);
+    assert_eq!(storage.pool.leased_blocks(), 0);
+    assert!(!storage.folder.path().join("store").exists());
+}
+
+#[test]
+fn a_run_that_diverges_says_so_instead_of_training_on() {
+    let case = Case::tied(1);
+    let first = Initializer::new(&case.config, &case.layout, case.seed);
+    let home = MemoryHome::new(&case.layout, &mut |unit, weights| {
+        first.fill(unit, weights);
+        weights[0] = f32::NAN;
+        Ok(())
+    })
+    .unwrap();
+    let error = case.trainer(home).step(&RUNNING).unwrap_err();
+    assert!(matches!(error, TrainError::Diverged { step: 1, .. }), "{error}");
+}

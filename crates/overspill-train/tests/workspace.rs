@@ -1,0 +1,132 @@
+//! The bound on a call's memory, against what the allocator sees.
+#![expect(unsafe_code, reason = "a global allocator that counts is an unsafe trait")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicIsize, Ordering};
+
+use overspill_train::config::{ModelConfig, Rope};
+use overspill_train::layout::{ModelLayout, Unit};
+use overspill_train::model::{Activations, BatchShape, Model, Weights};
+
+struct Counting;
+
+static LIVE: AtomicIsize = AtomicIsize::new(0);
+static PEAK: AtomicIsize = AtomicIsize::new(0);
+
+impl Counting {
+    fn count(change: isize) {
+        let live = LIVE.fetch_add(change, Ordering::SeqCst) + change;
+        PEAK.fetch_max(live, Ordering::SeqCst);
+    }
+}
+
+// SAFETY: every request goes to the system's allocator unchanged; counting neither allocates nor unwinds.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        Self::count(layout.size().cast_signed());
+        // SAFETY: the caller's promises about `layout` are the system allocator's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        Self::count(layout.size().cast_signed());
+        // SAFETY: as in `alloc`; the default would touch every page, which the system's need not.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        Self::count(-layout.size().cast_signed());
+        // SAFETY: `pointer` came from `System` with this `layout`, because `alloc` took it from there.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The most `f` allocated at a time, in bytes.
+fn peak_of<T>(f: impl FnOnce() -> T) -> usize {
+    let before = LIVE.load(Ordering::SeqCst);
+    PEAK.store(before, Ordering::SeqCst);
+    drop(f());
+    usize::try_from(PEAK.load(Ordering::SeqCst) - before).expect("the peak is not below the start")
+}
+
+struct Peaks {
+    forward: usize,
+    backward: usize,
+    head: usize,
+}
+
+fn measure(config: &ModelConfig, shape: BatchShape) -> Peaks {
+    let layout = ModelLayout::new(config);
+    let model = Model::new(config, shape);
+    let block = |unit| bytes::Bytes::from(vec![0u8; layout.unit(unit).padded_bytes()]);
+    let (embedding, layer, head) = (block(Unit::Embedding), block(Unit::Layer(0)), block(Unit::Head));
+    let embedding = Weights::new(layout.unit(Unit::Embedding), embedding);
+    let layer = Weights::new(layout.unit(Unit::Layer(0)), layer);
+    let head = Weights::new(layout.unit(Unit::Head), head);
+    let tied = config.tied.then_some(&embedding);
+    let ids = vec![0u32; shape.tokens()];
+    let input: Activations = model.embed(&embedding, &ids);
+    let mut sink = |_: Unit, _: std::ops::Range<usize>, _: &[f32]| {};
+    Peaks {
+        forward: peak_of(|| model.layer_forward(&layer, &input)),
+        backward: peak_of(|| model.layer_backward(&layer, &input, input.clone(), &mut sink)),
+        head: peak_of(|| model.head_backward(&head, tied, &input, &ids, 1.0, &mut sink)),
+    }
+}
+
+fn config(hidden: usize, heads: (usize, usize, usize), ffn: usize, vocab: usize) -> ModelConfig {
+    let (heads, kv_heads, head_dim) = heads;
+    ModelConfig {
+        vocab,
+        hidden,
+        layers: 1,
+        heads,
+        kv_heads,
+        head_dim,
+        ffn,
+        norm_eps: 1e-5,
+        rope: Rope { theta: 10_000.0, scaling: None },
+        tied: vocab.is_multiple_of(2),
+        max_positions: 4096,
+        initializer_range: 0.02,
+    }
+}
+
+/// The only test of this binary: another one beside it would be counted, too.
+#[test]
+fn parameters_are_not_copied_and_the_workspace_bounds_every_call_without_being_twice_the_peak() {
+    let shapes = [
+        (config(512, (8, 4, 64), 1408, 257), 2, 128),
+        (config(512, (8, 4, 64), 1408, 257), 4, 256),
+        (config(256, (4, 1, 64), 512, 32_000), 1, 300),
+        (config(256, (2, 2, 128), 300, 64_001), 2, 64),
+        (config(64, (8, 4, 32), 96, 300), 2, 1024),
+        (config(768, (12, 12, 64), 2048, 1000), 1, 64),
+        (config(96, (3, 3, 32), 1024, 100), 3, 333),
+        (config(128, (16, 2, 64), 64, 100), 2, 200),
+        (config(1024, (4, 4, 32), 256, 100), 1, 16),
+        (config(64, (64, 1, 2), 64, 500), 1, 700),
+    ];
+    // The first products on each thread allocate the packing buffers that stay.
+    let wide = config(1024, (16, 16, 64), 2048, 64);
+    for _ in 0..4 {
+        measure(&shapes[1].0, BatchShape { batch: 4, seq: 256 });
+        measure(&wide, BatchShape { batch: 1, seq: 4 });
+    }
+    // With hardly any activations, a single copy of a matrix on the way forward would stand out.
+    let forward = measure(&wide, BatchShape { batch: 1, seq: 4 }).forward;
+    assert!(forward < 1024 * 1024 * size_of::<f32>(), "{forward} bytes: a parameter was copied");
+
+    for (config, batch, seq) in shapes {
+        let shape = BatchShape { batch, seq };
+        let Peaks { forward, backward, head } = measure(&config, shape);
+        let bound = Model::workspace_bytes(&config, shape);
+        let peak = forward.max(backward).max(head);
+        let figures = format!("{shape:?} {config:?}: {forward} {backward} {head}, bound {bound}");
+        assert!(peak <= bound, "{figures}");
+        assert!(bound <= 2 * peak, "{figures}");
+    }
+}
