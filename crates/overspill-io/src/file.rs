@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 
-use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, Stat, StatxFlags};
 use rustix::io::Errno;
 
 use crate::backend::doorbell::Doorbell;
@@ -33,11 +33,19 @@ pub struct File {
 pub(crate) struct Inner {
     fd: OwnedFd,
     path: PathBuf,
+    id: FileId,
     access: Access,
     /// Index in the ring's table of registered files, once it has one.
     seat: AtomicU32,
     /// Of the engine that opened the file; rung when a registered file is gone.
     doorbell: Arc<Doorbell>,
+}
+
+/// Which file it is, whatever the path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FileId {
+    device: u64,
+    inode: u64,
 }
 
 /// How transfers go to the device.
@@ -64,7 +72,8 @@ impl File {
     pub(crate) fn in_memory(doorbell: &Arc<Doorbell>) -> Result<File, Errno> {
         let fd = rustix::fs::memfd_create("overspill-probe", rustix::fs::MemfdFlags::CLOEXEC)?;
         let access = Access::Buffered { because: "it is in memory".to_owned() };
-        Ok(File::new(fd, PathBuf::from("(memory)"), access, doorbell))
+        let stat = rustix::fs::fstat(&fd)?;
+        Ok(File::new(fd, PathBuf::from("(memory)"), &stat, access, doorbell))
     }
 
     /// The path it was opened by.
@@ -88,7 +97,8 @@ impl File {
         }
     }
 
-    /// What offsets and lengths of transfers must be multiples of, in bytes; 1 through the page cache.
+    /// What offsets and lengths of operations should be multiples of, in bytes; 1 through the page cache. Others work
+    /// too, through bounce blocks.
     #[must_use]
     pub fn alignment(&self) -> usize {
         match self.inner.access {
@@ -154,9 +164,15 @@ impl File {
         rustix::io::retry_on_intr(flush).map_err(|errno| self.failed("flush", errno))
     }
 
-    pub(crate) fn is_aligned(&self, offset: u64, length: usize) -> bool {
-        let alignment = self.alignment();
-        offset.is_multiple_of(alignment as u64) && length.is_multiple_of(alignment)
+    /// Cuts the file off behind its first `bytes` bytes.
+    pub(crate) fn truncate(&self, bytes: u64) -> Result<(), IoError> {
+        let cut = || rustix::fs::ftruncate(self, bytes);
+        rustix::io::retry_on_intr(cut).map_err(|errno| self.failed("cut", errno))
+    }
+
+    /// The same for everything that is open on one file of one file system.
+    pub(crate) fn id(&self) -> FileId {
+        self.inner.id
     }
 
     pub(crate) fn downgrade(&self) -> Weak<Inner> {
@@ -177,9 +193,10 @@ impl File {
         self.inner.seat.store(seat, Ordering::Relaxed);
     }
 
-    fn new(fd: OwnedFd, path: PathBuf, access: Access, doorbell: &Arc<Doorbell>) -> File {
+    fn new(fd: OwnedFd, path: PathBuf, stat: &Stat, access: Access, doorbell: &Arc<Doorbell>) -> File {
         let (seat, doorbell) = (AtomicU32::new(UNSEATED), Arc::clone(doorbell));
-        File { inner: Arc::new(Inner { fd, path, access, seat, doorbell }) }
+        let id = FileId { device: stat.st_dev, inode: stat.st_ino };
+        File { inner: Arc::new(Inner { fd, path, id, access, seat, doorbell }) }
     }
 
     fn open_with(
@@ -193,12 +210,20 @@ impl File {
             |errno: Errno| IoError::File { action, path: path.to_owned(), errno: errno.raw_os_error() };
         let open = || rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR);
         let fd = rustix::io::retry_on_intr(open).map_err(failed)?;
-        let access = choose_access(&fd).map_err(failed)?;
-        Ok(File::new(fd, path.to_owned(), access, doorbell))
+        let stat = rustix::fs::fstat(&fd).map_err(failed)?;
+        let access = choose_access(&fd, &stat).map_err(failed)?;
+        Ok(File::new(fd, path.to_owned(), &stat, access, doorbell))
     }
 
     fn failed(&self, action: &'static str, errno: Errno) -> IoError {
         IoError::File { action, path: self.inner.path.clone(), errno: errno.raw_os_error() }
+    }
+}
+
+#[cfg(test)]
+impl FileId {
+    pub(crate) const fn test(inode: u64) -> FileId {
+        FileId { device: 0, inode }
     }
 }
 
@@ -226,9 +251,9 @@ impl Drop for Inner {
 /// Turns the page cache off where that works, and says how transfers go.
 ///
 /// It is asked for after the file was opened, since a file system that refuses may do so after it has made the file.
-fn choose_access(fd: &OwnedFd) -> Result<Access, Errno> {
+fn choose_access(fd: &OwnedFd, stat: &Stat) -> Result<Access, Errno> {
     let buffered = |because: &str| Ok(Access::Buffered { because: because.to_owned() });
-    let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
+    let kind = FileType::from_raw_mode(stat.st_mode);
     if !matches!(kind, FileType::RegularFile | FileType::BlockDevice) {
         // To a pipe the flag means something else.
         return buffered("it is not a file on a disk");

@@ -48,6 +48,10 @@
 //! kernel is read by one function; short transfers go on where they stopped, interrupted ones are made again, and
 //! anything else is a typed [`IoError`].
 //!
+//! Offsets and lengths are the caller's choice. What begins or ends inside a sector of a file that is open for direct
+//! I/O goes through a bounce block of the engine's; such a write has its file to itself while it lasts, since it also
+//! reads and writes what is around it.
+//!
 //! # Who owns what
 //!
 //! The operation owns the block, the file and the reply. While a chunk is with the kernel, the backend owns its part

@@ -14,7 +14,8 @@ use crate::backend::uring::Uring;
 use crate::backend::{Backend, BackendChoice, Transfer};
 use crate::engine::completion::{Completion, classify};
 use crate::engine::config::{EngineConfig, EngineReport};
-use crate::engine::queue::{Extent, Priority, Queue};
+use crate::engine::extent::Extent;
+use crate::engine::queue::{Limits, Priority, Queue};
 use crate::error::{Direction, IoError};
 use crate::file::File;
 use crate::memory::block::Block;
@@ -116,10 +117,10 @@ fn transfer(
     file: &File,
     block: Block,
 ) -> Result<Block, Errno> {
-    let mut queue = Queue::new(block.len(), 1);
-    queue.push((), Extent { length: block.len(), granularity: 1, priority: Priority::Urgent });
+    let mut queue = Queue::new(block.len(), Limits { depth: 1, bytes: block.len(), detours: 1 });
+    queue.push((), Extent { offset: 0, length: block.len(), alignment: 1, priority: Priority::Urgent });
     let (chunk, ()) = queue.next().ok_or(Errno::IO)?;
-    backend.submit(Transfer { chunk, direction, file: file.clone(), offset: 0, block });
+    backend.submit(Transfer { chunk, direction, file: file.clone(), offset: 0, block, detour: None });
     let deadline = Instant::now() + PROOF_PATIENCE;
     let mut arrivals = Vec::new();
     loop {

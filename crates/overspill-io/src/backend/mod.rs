@@ -17,6 +17,7 @@ use rustix::io::Errno;
 
 use self::doorbell::Doorbell;
 use crate::engine::chunk::Chunk;
+use crate::engine::detour::Detour;
 use crate::error::Direction;
 use crate::file::File;
 use crate::memory::block::Block;
@@ -88,6 +89,8 @@ pub(crate) struct Transfer {
     pub(crate) offset: u64,
     /// The chunk's bytes; those behind `chunk.done` are to be moved.
     pub(crate) block: Block,
+    /// The chunk that a bounce block travels for.
+    pub(crate) detour: Option<Box<Detour>>,
 }
 
 impl Transfer {

@@ -20,7 +20,17 @@ pub(crate) struct Chunk {
     pub(crate) length: usize,
     /// How many of the chunk's first bytes have moved.
     pub(crate) done: usize,
+    way: Way,
     stalls: u32,
+}
+
+/// How a chunk's bytes come to the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// From where they are.
+    Straight,
+    /// Through a bounce block.
+    Detour,
 }
 
 /// Why an operation did not move all of its bytes.
@@ -33,8 +43,17 @@ pub(crate) enum Fault {
 }
 
 impl Chunk {
-    pub(super) fn new(op: Slot, start: usize, length: usize) -> Chunk {
-        Chunk { op, start, length, done: 0, stalls: 0 }
+    pub(super) fn new(op: Slot, start: usize, length: usize, way: Way) -> Chunk {
+        Chunk { op, start, length, done: 0, way, stalls: 0 }
+    }
+
+    /// Counts the progress of a bounce block of `length` bytes, on behalf of a chunk of `op` that is out itself.
+    pub(super) fn carrier(op: Slot, length: usize) -> Chunk {
+        Chunk::new(op, 0, length, Way::Straight)
+    }
+
+    pub(super) fn way(&self) -> Way {
+        self.way
     }
 
     /// The operation that it is a part of.
@@ -92,7 +111,7 @@ mod tests {
     use super::*;
 
     fn chunk(length: usize) -> Chunk {
-        Chunk::new(Slot::from_bits(0), 0, length)
+        Chunk::new(Slot::from_bits(0), 0, length, Way::Straight)
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::detour::BOUNCES;
+use super::queue::Limits;
 use crate::backend::{BackendChoice, BackendKind};
 use crate::error::IoError;
 use crate::memory::BLOCK_ALIGNMENT;
@@ -22,6 +24,8 @@ pub struct EngineConfig {
     pub chunk_bytes: usize,
     /// Chunks that may be with the kernel at a time.
     pub queue_depth: usize,
+    /// Bytes that may be with the kernel at a time; a single chunk may go whatever its length.
+    pub bytes_in_flight_max: usize,
     /// Workers of the threads backend; each moves one chunk at a time.
     pub threads: usize,
     /// How long a shutdown waits for accepted operations to end.
@@ -34,6 +38,7 @@ impl Default for EngineConfig {
             backend: BackendChoice::Auto,
             chunk_bytes: 1 << 20,
             queue_depth: 32,
+            bytes_in_flight_max: 64 << 20,
             threads: 4,
             drain_patience: Duration::from_secs(60),
         }
@@ -43,17 +48,24 @@ impl Default for EngineConfig {
 impl EngineConfig {
     pub(crate) fn check(&self) -> Result<(), IoError> {
         let refuse = |field, value, requirement| Err(IoError::Config { field, value, requirement });
-        let &EngineConfig { chunk_bytes, queue_depth, threads, .. } = self;
+        let &EngineConfig { chunk_bytes, queue_depth, bytes_in_flight_max, threads, .. } = self;
         if chunk_bytes == 0 || !chunk_bytes.is_multiple_of(BLOCK_ALIGNMENT) || chunk_bytes > CHUNK_BYTES_MAX {
             return refuse("chunk_bytes", chunk_bytes, "a multiple of 4096, at least 4096 and at most 1 GiB");
         }
         if !(1..=QUEUE_DEPTH_MAX).contains(&queue_depth) {
             return refuse("queue_depth", queue_depth, "at least 1 and at most 4096");
         }
+        if bytes_in_flight_max == 0 {
+            return refuse("bytes_in_flight_max", bytes_in_flight_max, "at least 1");
+        }
         if !(1..=THREADS_MAX).contains(&threads) {
             return refuse("threads", threads, "at least 1 and at most 256");
         }
         Ok(())
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        Limits { depth: self.queue_depth, bytes: self.bytes_in_flight_max, detours: BOUNCES }
     }
 }
 
@@ -86,6 +98,7 @@ mod tests {
             (EngineConfig { chunk_bytes: 2 << 30, ..default.clone() }, "chunk_bytes"),
             (EngineConfig { queue_depth: 0, ..default.clone() }, "queue_depth"),
             (EngineConfig { queue_depth: 4097, ..default.clone() }, "queue_depth"),
+            (EngineConfig { bytes_in_flight_max: 0, ..default.clone() }, "bytes_in_flight_max"),
             (EngineConfig { threads: 0, ..default.clone() }, "threads"),
             (EngineConfig { threads: 257, ..default }, "threads"),
         ];

@@ -13,9 +13,12 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, TryRecvError};
 use rustix::io::Errno;
 
+use super::chunk::Way;
 use super::completion::classify;
+use super::detour::{Answered, Bounces, Detour, Turn};
+use super::gate::Gate;
 use super::op::{Op, Whole};
-use super::queue::{Queue, Step};
+use super::queue::{Queue, Step, Verdict};
 use super::stats::Stats;
 use crate::backend::{Arrival, Backend, Transfer};
 use crate::error::IoError;
@@ -23,7 +26,9 @@ use crate::error::IoError;
 pub(crate) struct Driver {
     backend: Box<dyn Backend>,
     intake: Receiver<Op>,
+    gate: Gate<Op>,
     queue: Queue<Op>,
+    bounces: Bounces,
     stats: Arc<Stats>,
     drain_patience: Duration,
 }
@@ -46,7 +51,8 @@ impl Driver {
         stats: Arc<Stats>,
         drain_patience: Duration,
     ) -> Driver {
-        Driver { backend, intake, queue, stats, drain_patience }
+        let (gate, bounces) = (Gate::new(), Bounces::new());
+        Driver { backend, intake, gate, queue, bounces, stats, drain_patience }
     }
 
     /// Drives until everybody is answered. If it ends early, the rest is refused until the intake is closed.
@@ -95,8 +101,10 @@ impl Driver {
             match self.intake.try_recv() {
                 Ok(op) => {
                     self.stats.began(op.direction);
-                    let extent = op.extent();
-                    self.queue.push(op, extent);
+                    let (file, access) = (op.file.id(), op.access());
+                    if let Some(op) = self.gate.arrive(file, access, op) {
+                        self.admit(op);
+                    }
                 }
                 Err(TryRecvError::Empty) => return Intake::Open,
                 Err(TryRecvError::Disconnected) => {
@@ -106,37 +114,79 @@ impl Driver {
         }
     }
 
+    /// Queues an operation that has its file as it needs it.
+    fn admit(&mut self, op: Op) {
+        let extent = op.extent();
+        self.queue.push(op, extent);
+    }
+
     /// Fills the backend.
     fn issue(&mut self) {
         while let Some((chunk, op)) = self.queue.next() {
-            let block = op.issue(chunk.length);
-            let offset = op.offset + chunk.start as u64;
-            let (direction, file) = (op.direction, op.file.clone());
-            self.backend.submit(Transfer { chunk, direction, file, offset, block });
+            match chunk.way() {
+                Way::Straight => {
+                    let block = op.issue(chunk.length);
+                    let offset = op.offset + chunk.start as u64;
+                    let (direction, file) = (op.direction, op.file.clone());
+                    self.backend.submit(Transfer { chunk, direction, file, offset, block, detour: None });
+                }
+                Way::Detour => {
+                    let turn = Detour::begin(chunk, op, &mut self.bounces);
+                    self.take(turn);
+                }
+            }
         }
     }
 
     /// Acts on one answer.
     fn settle(&mut self, arrival: Arrival) {
-        let Arrival { transfer: Transfer { chunk, direction, file, offset, block }, result } = arrival;
+        let Arrival { transfer: Transfer { chunk, direction, file, offset, block, detour }, result } =
+            arrival;
+        if let Some(detour) = detour {
+            let op = self.queue.payload(detour.chunk());
+            let turn = detour.go_on(Answered { carrier: chunk, bounce: block, result }, op);
+            return self.take(turn);
+        }
         let completion = classify(result, chunk.wanted());
         match self.queue.complete(chunk, completion) {
-            Step::Again(chunk) => self.backend.submit(Transfer { chunk, direction, file, offset, block }),
+            Step::Again(chunk) => {
+                self.backend.submit(Transfer { chunk, direction, file, offset, block, detour: None });
+            }
             Step::Home(chunk, op) => op.home(chunk.start, block),
             Step::Over(chunk, mut op, verdict) => {
                 op.home(chunk.start, block);
-                self.stats.ended(direction, verdict.done);
-                op.finish(verdict);
+                self.over(op, verdict);
             }
         }
+    }
+
+    /// Takes the next turn of a detour.
+    fn take(&mut self, turn: Turn) {
+        match turn {
+            Turn::Submit(transfer) => self.backend.submit(transfer),
+            Turn::Land { chunk, moved, fault } => match self.queue.land(chunk, moved, fault) {
+                Step::Over(_, op, verdict) => self.over(op, verdict),
+                Step::Home(..) => {}
+                Step::Again(_) => unreachable!("what landed is not issued again"),
+            },
+        }
+    }
+
+    /// Answers for an operation, and lets in those that waited for it.
+    fn over(&mut self, op: Op, verdict: Verdict) {
+        self.stats.ended(op.direction, verdict.done);
+        for op in self.gate.leave(op.file.id()) {
+            self.admit(op);
+        }
+        op.finish(verdict);
     }
 
     /// Ends without the operations that are not over. Those with chunks out lose their blocks: the kernel may touch
     /// them at any time.
     fn give_up(self, error: impl FnOnce(Duration, usize) -> IoError) -> Result<(), IoError> {
-        let Driver { backend, queue, stats, drain_patience, .. } = self;
+        let Driver { backend, gate, queue, stats, drain_patience, .. } = self;
         let mut leaked_blocks = 0;
-        for op in queue.abandon() {
+        for op in queue.abandon().chain(gate.abandon()) {
             stats.ended(op.direction, 0);
             leaked_blocks += usize::from(op.stop() == Whole::Missing);
         }
@@ -177,7 +227,7 @@ mod tests {
     use crate::backend::doorbell::Doorbell;
     use crate::backend::threads::{Event, Threads};
     use crate::engine::op::Request;
-    use crate::engine::queue::Priority;
+    use crate::engine::queue::{Limits, Priority};
     use crate::engine::ticket::{Promise, Reply, Ticket};
     use crate::error::{Direction, Failed};
     use crate::file::File;
@@ -187,6 +237,10 @@ mod tests {
     const DEPTH: usize = 4;
     const BOUND: Duration = Duration::from_secs(20);
     const AT_ONCE: Duration = Duration::ZERO;
+
+    fn limits(depth: usize) -> Limits {
+        Limits { depth, bytes: usize::MAX, detours: 1 }
+    }
 
     /// A driver whose kernel is the test: it sees every transfer, and answers when and how it likes.
     struct Bench {
@@ -209,7 +263,7 @@ mod tests {
             let (requests, intake) = bounded(8);
             let stats = Arc::new(Stats::default());
             let driver = {
-                let (stats, queue) = (Arc::clone(&stats), Queue::new(CHUNK, DEPTH));
+                let (stats, queue) = (Arc::clone(&stats), Queue::new(CHUNK, limits(DEPTH)));
                 thread::spawn(move || {
                     Driver::new(Box::new(backend), intake, queue, stats, drain_patience).run()
                 })
@@ -399,7 +453,7 @@ mod tests {
         let ticket = callers.send();
         let Callers { pool, stats, requests, .. } = callers;
         drop(requests);
-        let queue = Queue::new(CHUNK, DEPTH);
+        let queue = Queue::new(CHUNK, limits(DEPTH));
         let ended = Driver::new(Box::new(backend), intake, queue, Arc::clone(&stats), AT_ONCE).run();
         assert_eq!(ended, Err(IoError::DrainTimeout { patience: AT_ONCE, leaked_blocks: 0 }));
         assert!(kernel.try_recv().is_err(), "the kernel was given a chunk");
@@ -442,7 +496,7 @@ mod tests {
         let doorbell = Arc::clone(Threads::without_workers(1).0.doorbell());
         let (callers, intake) = Callers::new(&doorbell);
         let ticket = callers.send();
-        let (stats, queue) = (Arc::clone(&callers.stats), Queue::new(CHUNK, 1));
+        let (stats, queue) = (Arc::clone(&callers.stats), Queue::new(CHUNK, limits(1)));
         let backend = Box::new(Broken { doorbell, out: Vec::new(), end });
         let driver = thread::spawn(move || Driver::new(backend, intake, queue, stats, BOUND).run());
         (callers, ticket, driver)

@@ -6,7 +6,10 @@
 pub(crate) mod chunk;
 pub(crate) mod completion;
 pub(crate) mod config;
+pub(crate) mod detour;
 mod driver;
+pub(crate) mod extent;
+mod gate;
 pub(crate) mod op;
 pub(crate) mod queue;
 pub(crate) mod stats;
@@ -83,7 +86,7 @@ impl Engine {
                 Err(error) => drop(ready.send(Err(error))),
                 Ok((backend, report)) => {
                     drop(ready.send(Ok((Arc::clone(backend.doorbell()), report))));
-                    let queue = Queue::new(config.chunk_bytes, config.queue_depth);
+                    let queue = Queue::new(config.chunk_bytes, config.limits());
                     let driver = Driver::new(backend, requests, queue, stats, drain_patience);
                     drop(farewell.send(driver.run()));
                 }
@@ -117,7 +120,8 @@ impl Engine {
         File::open(path, &self.inner.doorbell)
     }
 
-    /// Fills `block` with the bytes of `file` from `offset` on. Every failure comes through the ticket.
+    /// Fills `block` with the bytes of `file` from `offset` on, at any offset and of any length; [`File::alignment`]
+    /// tells which ones are fastest. Every failure comes through the ticket.
     pub fn read(&self, file: &File, offset: u64, block: Block, priority: Priority) -> Ticket {
         let (promise, ticket) = self.promise();
         self.submit(
@@ -129,6 +133,11 @@ impl Engine {
 
     /// Puts the bytes of `block` into `file` at `offset` and brings the block back. Every failure comes through the
     /// ticket.
+    ///
+    /// Any offset and any length will do. If they are not multiples of [`File::alignment`], the sectors around them
+    /// are read and written too, so the write waits for all earlier operations on the file, and later ones wait for
+    /// it; the file is as long afterwards as it should be. Another engine or process that writes to the same sectors
+    /// or to the file's end at the same time may lose what it wrote there.
     pub fn write(&self, file: &File, offset: u64, block: Block, priority: Priority) -> Ticket {
         let (promise, ticket) = self.promise();
         self.submit(

@@ -2,10 +2,13 @@
 //!
 //! The operation owns its block whole until the driver issues chunks. A chunk's bytes are split off as a block of
 //! their own, travel through the backend by value, and are put back when the chunk comes home. So no code can give
-//! the caller a byte that the kernel may still touch: the parts do not join while one is missing.
+//! the caller a byte that the kernel may still touch: the parts do not join while one is missing. Bytes that go through
+//! a bounce block stay with the operation: the kernel never sees them.
 
 use super::chunk::Fault;
-use super::queue::{Extent, Priority, Verdict};
+use super::extent::Extent;
+use super::gate::Access;
+use super::queue::{Priority, Verdict};
 use super::ticket::Reply;
 use crate::error::{Direction, Failed, IoError};
 use crate::file::File;
@@ -38,12 +41,6 @@ impl Op {
     pub(crate) fn new(request: Request<'_>, reply: Reply) -> Option<Op> {
         let Request { direction, file, offset, block, priority } = request;
         let length = block.len();
-        if !file.is_aligned(offset, length) {
-            let (path, alignment) = (file.path().to_path_buf(), file.alignment());
-            let error = IoError::Misaligned { direction, path, offset, length, alignment };
-            reply.send(Err(Failed { error, block: Some(block) }));
-            return None;
-        }
         // The kernel counts file positions in signed numbers.
         if offset.checked_add(length as u64).is_none_or(|end| i64::try_from(end).is_err()) {
             let errno = rustix::io::Errno::OVERFLOW.raw_os_error();
@@ -61,12 +58,33 @@ impl Op {
     }
 
     pub(crate) fn extent(&self) -> Extent {
-        Extent { length: self.length, granularity: self.file.alignment(), priority: self.priority }
+        let (offset, length, alignment) = (self.offset, self.length, self.file.alignment());
+        Extent { offset, length, alignment, priority: self.priority }
+    }
+
+    /// How it uses its file. A write through a bounce block changes more of it than was asked for, for a moment.
+    pub(crate) fn access(&self) -> Access {
+        match self.direction {
+            Direction::Write if !self.extent().is_aligned() => Access::Exclusive,
+            Direction::Read | Direction::Write => Access::Shared,
+        }
     }
 
     /// Takes the next `length` bytes out, for a chunk on its way to the kernel.
     pub(crate) fn issue(&mut self, length: usize) -> Block {
         self.parts.take(length)
+    }
+
+    /// The `length` bytes from `start` on, which stay with the operation while a bounce block travels for them.
+    pub(crate) fn held(&self, start: usize, length: usize) -> &[u8] {
+        let (rest, first) = self.parts.rest(self.length);
+        &rest[start - first..start - first + length]
+    }
+
+    /// As [`Op::held`], to be changed.
+    pub(crate) fn held_mut(&mut self, start: usize, length: usize) -> &mut [u8] {
+        let (rest, first) = self.parts.rest_mut(self.length);
+        &mut rest[start - first..start - first + length]
     }
 
     /// Puts a chunk's bytes back; it began `start` bytes into the operation.
@@ -130,6 +148,18 @@ impl Parts {
             self.rest = Some(chunk.split_off(length));
         }
         chunk
+    }
+
+    /// What was never issued of a block of `length` bytes, and where it begins.
+    fn rest(&self, length: usize) -> (&[u8], usize) {
+        let rest = self.rest.as_deref().expect("what is held was never issued");
+        (rest, length - rest.len())
+    }
+
+    fn rest_mut(&mut self, length: usize) -> (&mut [u8], usize) {
+        let rest = self.rest.as_deref_mut().expect("what is held was never issued");
+        let first = length - rest.len();
+        (rest, first)
     }
 
     /// The whole block of `length` bytes, if no part is missing.

@@ -2,10 +2,14 @@
 //!
 //! The queue knows lengths and nothing of memory, files or kernels: it is plain data, moved by three events.
 //! [`Queue::push`] accepts an operation, [`Queue::next`] cuts the next [`Chunk`] off one of them, and
-//! [`Queue::complete`] takes the chunk back with the answer. At most `depth` chunks are out at a time.
+//! [`Queue::complete`] takes the chunk back with the answer. At most `depth` chunks, and as many bytes as
+//! [`Limits`] allows, are out at a time.
 //!
 //! Operations of one priority take turns chunk by chunk, so a small one does not wait behind a large one. Urgent
 //! chunks go first, but while background chunks wait too, every fourth is theirs: neither starves.
+//!
+//! Chunks that direct I/O cannot take as they are need a bounce block each. The next chunk of an operation that finds
+//! none free does not hold up the others: the operation steps aside until one comes back.
 //!
 //! A chunk is a token that cannot be copied: it is out until it comes back, so every byte is issued once. After the
 //! first failure an operation issues nothing more, but it is over only when its last chunk is home, because until
@@ -13,8 +17,9 @@
 
 use std::collections::VecDeque;
 
-use super::chunk::{Chunk, Fault};
+use super::chunk::{Chunk, Fault, Way};
 use super::completion::Completion;
+use super::extent::Extent;
 use super::table::{Slot, Table};
 
 /// Of this many chunks issued while both priorities wait, one is a background chunk.
@@ -29,14 +34,15 @@ pub enum Priority {
     Background,
 }
 
-/// What an operation amounts to before it is cut into chunks.
+/// What may be out at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Extent {
-    /// Bytes to move, at least one.
-    pub(crate) length: usize,
-    /// A chunk whose answer was short goes on at a multiple of this many bytes.
-    pub(crate) granularity: usize,
-    pub(crate) priority: Priority,
+pub(crate) struct Limits {
+    /// Chunks.
+    pub(crate) depth: usize,
+    /// Bytes of them; a single chunk goes out whatever its length.
+    pub(crate) bytes: usize,
+    /// Chunks that go through a bounce block.
+    pub(crate) detours: usize,
 }
 
 /// How an operation ended.
@@ -61,14 +67,24 @@ pub(crate) enum Step<'a, T> {
 /// The operations that were accepted and are not over, each with a payload of its owner's.
 pub(crate) struct Queue<T> {
     chunk_bytes: usize,
-    depth: usize,
-    out: usize,
+    limits: Limits,
+    out: Out,
     ops: Table<Work<T>>,
     /// Operations with bytes that were never issued, in turn order.
     urgent: VecDeque<Slot>,
     background: VecDeque<Slot>,
+    /// Operations whose next chunk found no bounce block, in the order in which that happened.
+    aside: VecDeque<Slot>,
     /// Urgent chunks issued since the last background chunk, while one waited.
     urgent_run: usize,
+}
+
+/// What is out now, each counted as its limit is.
+#[derive(Default)]
+struct Out {
+    chunks: usize,
+    bytes: usize,
+    detours: usize,
 }
 
 struct Work<T> {
@@ -80,11 +96,13 @@ struct Work<T> {
 }
 
 impl<T> Queue<T> {
-    /// An empty queue that cuts chunks of `chunk_bytes` and has at most `depth` of them out.
-    pub(crate) fn new(chunk_bytes: usize, depth: usize) -> Queue<T> {
-        assert!(chunk_bytes > 0 && depth > 0, "a queue moves something");
-        let (urgent, background) = (VecDeque::new(), VecDeque::new());
-        Queue { chunk_bytes, depth, out: 0, ops: Table::new(), urgent, background, urgent_run: 0 }
+    /// An empty queue that cuts chunks of `chunk_bytes` and keeps to `limits`.
+    pub(crate) fn new(chunk_bytes: usize, limits: Limits) -> Queue<T> {
+        let Limits { depth, bytes, detours } = limits;
+        assert!(chunk_bytes > 0 && depth > 0 && bytes > 0 && detours > 0, "a queue moves something");
+        let [urgent, background, aside] = [VecDeque::new(), VecDeque::new(), VecDeque::new()];
+        let (ops, out) = (Table::new(), Out::default());
+        Queue { chunk_bytes, limits, out, ops, urgent, background, aside, urgent_run: 0 }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -96,71 +114,137 @@ impl<T> Queue<T> {
         assert!(extent.length > 0, "an operation without bytes is over before it is queued");
         let verdict = Verdict { done: 0, fault: None };
         let slot = self.ops.insert(Work { payload, extent, issued: 0, out: 0, verdict });
-        match extent.priority {
-            Priority::Urgent => self.urgent.push_back(slot),
-            Priority::Background => self.background.push_back(slot),
+        self.lane(extent.priority).push_back(slot);
+    }
+
+    /// The next chunk to issue with its operation's payload; `None` while nothing waits or nothing more may be out.
+    pub(crate) fn next(&mut self) -> Option<(Chunk, &mut T)> {
+        if self.out.chunks == self.limits.depth {
+            return None;
+        }
+        // Each round takes an operation out of its lane, so there are as many as operations at most.
+        loop {
+            let priority = self.turn()?;
+            let op = *self.lane(priority).front()?;
+            let Work { extent, issued: start, .. } = *self.work(op);
+            let (length, way) = extent.cut(start, self.chunk_bytes);
+            if self.out.chunks > 0 && self.out.bytes.saturating_add(length) > self.limits.bytes {
+                return None;
+            }
+            self.lane(priority).pop_front();
+            if way == Way::Detour && self.out.detours == self.limits.detours {
+                self.aside.push_back(op);
+                continue;
+            }
+            self.took_turn(priority);
+            if start + length < extent.length {
+                self.lane(priority).push_back(op);
+            }
+            self.out.add(length, way);
+            let work = self.work(op);
+            work.issued += length;
+            work.out += 1;
+            return Some((Chunk::new(op, start, length, way), &mut work.payload));
         }
     }
 
-    /// The next chunk to issue with its operation's payload; `None` while nothing waits or `depth` chunks are out.
-    pub(crate) fn next(&mut self) -> Option<(Chunk, &mut T)> {
-        if self.out == self.depth {
-            return None;
-        }
-        let lane = match (self.urgent.is_empty(), self.background.is_empty()) {
-            (true, true) => return None,
-            (false, true) => &mut self.urgent,
-            (false, false) if self.urgent_run + 1 < BACKGROUND_TURN => {
-                self.urgent_run += 1;
-                &mut self.urgent
-            }
-            (_, false) => {
-                self.urgent_run = 0;
-                &mut self.background
-            }
-        };
-        let op = lane.pop_front()?;
-        let work = self.ops.get_mut(op).expect("a waiting operation is not over");
-        let start = work.issued;
-        let length = self.chunk_bytes.min(work.extent.length - start);
-        work.issued += length;
-        work.out += 1;
-        self.out += 1;
-        if work.issued < work.extent.length {
-            lane.push_back(op);
-        }
-        Some((Chunk::new(op, start, length), &mut work.payload))
+    /// The operation that `chunk` is a part of.
+    pub(crate) fn payload(&mut self, chunk: &Chunk) -> &mut T {
+        &mut self.work(chunk.op()).payload
     }
 
     /// Takes back `chunk`, of which the kernel was asked to move everything behind its `done` bytes.
     pub(crate) fn complete(&mut self, mut chunk: Chunk, completion: Completion) -> Step<'_, T> {
-        let op = chunk.op();
-        let work = self.ops.get_mut(op).expect("an operation with a chunk out is not over");
-        let progress = chunk.advance(completion, work.extent.granularity, &mut work.verdict.done);
-        match progress {
-            // An operation that failed meanwhile has no use for the rest of the chunk.
-            Ok(()) if chunk.done < chunk.length && work.verdict.fault.is_none() => return Step::Again(chunk),
-            Ok(()) => {}
-            Err(fault) if work.verdict.fault.is_none() => {
-                work.verdict.fault = Some(fault);
-                self.urgent.retain(|&slot| slot != op);
-                self.background.retain(|&slot| slot != op);
-            }
-            Err(_later) => {}
+        let work = self.work(chunk.op());
+        let progress = chunk.advance(completion, work.extent.alignment, &mut work.verdict.done);
+        // An operation that failed meanwhile has no use for the rest of the chunk.
+        if progress.is_ok() && chunk.wanted() > 0 && work.verdict.fault.is_none() {
+            return Step::Again(chunk);
         }
-        self.out -= 1;
+        self.home(chunk, progress.err())
+    }
+
+    /// Takes back `chunk`, for which a bounce block travelled: `moved` bytes of it have arrived.
+    pub(crate) fn land(&mut self, chunk: Chunk, moved: usize, fault: Option<Fault>) -> Step<'_, T> {
+        self.work(chunk.op()).verdict.done += moved;
+        self.home(chunk, fault)
+    }
+
+    /// Counts `chunk` as no longer out.
+    fn home(&mut self, chunk: Chunk, fault: Option<Fault>) -> Step<'_, T> {
+        let op = chunk.op();
+        self.out.remove(chunk.length, chunk.way());
+        let work = self.work(op);
         work.out -= 1;
+        if fault.is_some() && work.verdict.fault.is_none() {
+            work.verdict.fault = fault;
+            let Queue { urgent, background, aside, .. } = self;
+            for lane in [urgent, background, aside] {
+                lane.retain(|&slot| slot != op);
+            }
+        }
+        if chunk.way() == Way::Detour
+            && let Some(first) = self.aside.pop_front()
+        {
+            let priority = self.work(first).extent.priority;
+            self.lane(priority).push_front(first);
+        }
+        let work = self.work(op);
         let issues_more = work.verdict.fault.is_none() && work.issued < work.extent.length;
         if work.out == 0 && !issues_more {
             let work = self.ops.remove(op).expect("it was found above");
             return Step::Over(chunk, work.payload, work.verdict);
         }
-        Step::Home(chunk, &mut self.ops.get_mut(op).expect("it was found above").payload)
+        Step::Home(chunk, &mut self.work(op).payload)
     }
 
     /// Gives every operation up, whether chunks of it are out or not.
     pub(crate) fn abandon(self) -> impl Iterator<Item = T> {
         self.ops.into_values().map(|work| work.payload)
+    }
+
+    /// Whose turn it is: the urgent ones', but for every fourth while background operations wait too.
+    fn turn(&self) -> Option<Priority> {
+        match (self.urgent.is_empty(), self.background.is_empty()) {
+            (true, true) => None,
+            (false, true) => Some(Priority::Urgent),
+            (false, false) if self.urgent_run + 1 < BACKGROUND_TURN => Some(Priority::Urgent),
+            (_, false) => Some(Priority::Background),
+        }
+    }
+
+    /// Counts the turn that `priority` had.
+    fn took_turn(&mut self, priority: Priority) {
+        match priority {
+            Priority::Background => self.urgent_run = 0,
+            Priority::Urgent if self.background.is_empty() => {}
+            Priority::Urgent => self.urgent_run += 1,
+        }
+    }
+
+    fn lane(&mut self, priority: Priority) -> &mut VecDeque<Slot> {
+        match priority {
+            Priority::Urgent => &mut self.urgent,
+            Priority::Background => &mut self.background,
+        }
+    }
+
+    fn work(&mut self, op: Slot) -> &mut Work<T> {
+        self.ops.get_mut(op).expect("who waits or has a chunk out is not over")
+    }
+}
+
+impl Out {
+    fn add(&mut self, length: usize, way: Way) {
+        self.chunks += 1;
+        self.bytes += length;
+        self.detours += usize::from(way == Way::Detour);
+    }
+
+    fn remove(&mut self, length: usize, way: Way) {
+        self.chunks -= 1;
+        self.bytes -= length;
+        self.detours -= usize::from(way == Way::Detour);
     }
 }
 
@@ -172,12 +256,16 @@ mod tests {
 
     const CHUNK: usize = 8;
 
+    /// What direct I/O asks for in these tests.
+    const SECTOR: usize = 512;
+    const WIDE: Limits = Limits { depth: 1024, bytes: usize::MAX, detours: 1024 };
+
     fn extent(length: usize, priority: Priority) -> Extent {
-        Extent { length, granularity: 1, priority }
+        Extent { offset: 0, length, alignment: 1, priority }
     }
 
     fn queue(ops: &[(u8, usize, Priority)]) -> Queue<u8> {
-        let mut queue = Queue::new(CHUNK, 64);
+        let mut queue = Queue::new(CHUNK, WIDE);
         for &(name, length, priority) in ops {
             queue.push(name, extent(length, priority));
         }
@@ -206,7 +294,7 @@ mod tests {
 
     #[test]
     fn no_more_than_depth_chunks_are_out() {
-        let mut queue = Queue::new(CHUNK, 2);
+        let mut queue = Queue::new(CHUNK, Limits { depth: 2, ..WIDE });
         queue.push((), extent(3 * CHUNK, Priority::Urgent));
         let (first, ()) = queue.next().unwrap();
         let _second = queue.next().unwrap();
@@ -214,6 +302,44 @@ mod tests {
         assert!(matches!(queue.complete(first, Completion::Positive(CHUNK)), Step::Home(..)));
         assert!(queue.next().is_some());
         assert!(queue.next().is_none());
+    }
+
+    #[test]
+    fn no_more_bytes_are_out_than_allowed_but_for_a_single_chunk() {
+        let mut queue = Queue::new(CHUNK, Limits { bytes: CHUNK + 3, ..WIDE });
+        queue.push('a', extent(CHUNK + 3, Priority::Urgent));
+        queue.push('b', extent(1, Priority::Urgent));
+        let (whole, _) = queue.next().unwrap();
+        let (_small, &mut name) = queue.next().unwrap();
+        assert_eq!(name, 'b');
+        assert!(queue.next().is_none(), "eight, one and three bytes are too many");
+        assert!(matches!(queue.complete(whole, Completion::Positive(CHUNK)), Step::Home(..)));
+        assert_eq!(queue.next().unwrap().0.length, 3);
+
+        let mut narrow = Queue::new(CHUNK, Limits { bytes: 1, ..WIDE });
+        narrow.push('a', extent(2 * CHUNK, Priority::Urgent));
+        assert_eq!(narrow.next().unwrap().0.length, CHUNK);
+        assert!(narrow.next().is_none());
+    }
+
+    #[test]
+    fn an_operation_without_a_bounce_block_steps_aside_and_is_called_back() {
+        let mut queue = Queue::new(4 * SECTOR, Limits { detours: 1, ..WIDE });
+        for name in ['a', 'b'] {
+            let skewed = Extent { offset: 1, length: SECTOR, alignment: SECTOR, priority: Priority::Urgent };
+            queue.push(name, skewed);
+        }
+        queue.push('c', extent(1, Priority::Background));
+        let (first, &mut name) = queue.next().unwrap();
+        assert_eq!((first.way(), name), (Way::Detour, 'a'));
+        let (third, &mut name) = queue.next().unwrap();
+        assert_eq!((third.way(), name), (Way::Straight, 'c'), "those behind do not wait");
+        assert!(queue.next().is_none());
+        assert!(matches!(queue.land(first, SECTOR, None), Step::Over(_, 'a', Verdict { fault: None, .. })));
+        let (second, &mut name) = queue.next().unwrap();
+        assert_eq!((second.way(), name), (Way::Detour, 'b'));
+        let failed = queue.land(second, 0, Some(Fault::Zero));
+        assert!(matches!(failed, Step::Over(_, 'b', Verdict { done: 0, fault: Some(Fault::Zero) })));
     }
 
     #[test]
@@ -339,7 +465,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_byte_is_issued_once_and_every_operation_ends_once(events in events()) {
-            let mut run = Run { queue: Queue::new(CHUNK, 4), seen: Vec::new(), out: Vec::new() };
+            let mut run = Run { queue: Queue::new(CHUNK, Limits { depth: 4, ..WIDE }), seen: Vec::new(), out: Vec::new() };
             for event in events {
                 match event {
                     Event::Push(length, priority) => {
@@ -361,7 +487,7 @@ mod tests {
         fn background_waits_for_no_more_than_three_urgent_chunks(
             lengths in prop::collection::vec((1_usize..40 * CHUNK, any::<bool>()), 1..20)
         ) {
-            let mut queue = Queue::new(CHUNK, usize::MAX);
+            let mut queue = Queue::new(CHUNK, Limits { depth: usize::MAX, ..WIDE });
             let mut background_left = 0;
             for (length, urgent) in lengths {
                 let priority = if urgent { Priority::Urgent } else { Priority::Background };

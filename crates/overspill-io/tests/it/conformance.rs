@@ -36,7 +36,6 @@ laws! {
     reading_past_the_end_is_an_error_that_says_what_was_there
     a_file_cut_short_while_open_is_an_error
     a_file_that_ends_between_aligned_bytes_is_an_error
-    a_misaligned_request_is_refused_with_its_block
     an_offset_beyond_what_files_can_be_is_refused
     files_that_cannot_be_opened_say_why
     a_failed_write_returns_identical_data
@@ -243,23 +242,6 @@ fn a_file_that_ends_between_aligned_bytes_is_an_error(backend: BackendChoice) {
     let file = rig.engine.open(&rig.path("odd")).unwrap();
     let failed = rig.read(&file, 0, rig.pool.lease(64 * KIB).unwrap()).unwrap_err();
     assert!(matches!(failed.error, IoError::EndOfFile { done: 5000, .. }), "{failed}");
-}
-
-fn a_misaligned_request_is_refused_with_its_block(backend: BackendChoice) {
-    let rig = Rig::blocks(backend, MIB, 1);
-    let file = rig.create("file");
-    for (offset, length) in [(1, 4096), (0, 1000), (513, 100)] {
-        let outcome = rig.write(&file, offset, rig.patterned(length, 4));
-        if file.direct() {
-            let Failed { error, block } = outcome.unwrap_err();
-            let (path, alignment) = (file.path().to_path_buf(), file.alignment());
-            let direction = Direction::Write;
-            assert_eq!(error, IoError::Misaligned { direction, path, offset, length, alignment });
-            assert_pattern(&block.unwrap(), 4);
-        } else {
-            assert_pattern(&outcome.unwrap(), 4);
-        }
-    }
 }
 
 fn an_offset_beyond_what_files_can_be_is_refused(backend: BackendChoice) {

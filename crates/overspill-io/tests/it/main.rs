@@ -4,6 +4,7 @@
 
 mod alone;
 mod conformance;
+mod odd;
 mod rig;
 mod space;
 mod uring;
