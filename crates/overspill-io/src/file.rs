@@ -55,6 +55,8 @@ enum Access {
     Direct { alignment: usize },
     /// Through the page cache, anywhere.
     Buffered { because: String },
+    /// In memory, anywhere: there is no device.
+    Memory,
 }
 
 impl File {
@@ -71,9 +73,8 @@ impl File {
     /// A nameless file in memory, on which a backend can prove that it works.
     pub(crate) fn in_memory(doorbell: &Arc<Doorbell>) -> Result<File, Errno> {
         let fd = rustix::fs::memfd_create("overspill-probe", rustix::fs::MemfdFlags::CLOEXEC)?;
-        let access = Access::Buffered { because: "it is in memory".to_owned() };
         let stat = rustix::fs::fstat(&fd)?;
-        Ok(File::new(fd, PathBuf::from("(memory)"), &stat, access, doorbell))
+        Ok(File::new(fd, PathBuf::from("(memory)"), &stat, Access::Memory, doorbell))
     }
 
     /// The path it was opened by.
@@ -94,6 +95,7 @@ impl File {
         match &self.inner.access {
             Access::Direct { .. } => None,
             Access::Buffered { because } => Some(because),
+            Access::Memory => Some("it is in memory"),
         }
     }
 
@@ -103,7 +105,7 @@ impl File {
     pub fn alignment(&self) -> usize {
         match self.inner.access {
             Access::Direct { alignment } => alignment,
-            Access::Buffered { .. } => 1,
+            Access::Buffered { .. } | Access::Memory => 1,
         }
     }
 
@@ -162,6 +164,11 @@ impl File {
     pub fn sync(&self) -> Result<(), IoError> {
         let flush = || rustix::fs::fdatasync(self);
         rustix::io::retry_on_intr(flush).map_err(|errno| self.failed("flush", errno))
+    }
+
+    /// Whether whoever starts a transfer waits for the device there and then, as the page cache makes them.
+    pub(crate) fn starts_by_waiting(&self) -> bool {
+        matches!(self.inner.access, Access::Buffered { .. })
     }
 
     /// Cuts the file off behind its first `bytes` bytes.

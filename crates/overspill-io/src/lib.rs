@@ -79,9 +79,16 @@
 //!
 //! # Backends
 //!
-//! io_uring with registered memory and files, or threads with positioned reads and writes. A backend is used only
-//! after it has written and read back a file, with registered memory too if a block is free for it. Falling back to a
-//! backend that is not the best one carries its reason in [`EngineReport::degraded`].
+//! | name | what it is | taken by [`BackendChoice::Auto`] |
+//! |---|---|---|
+//! | `io_uring` | a ring with registered memory and files | wherever it works |
+//! | `aio` | Linux AIO; threads for files that go through the page cache | where io_uring is forbidden |
+//! | `threads` | positioned reads and writes | where neither works |
+//!
+//! Many containers forbid io_uring and leave Linux AIO, which needs a kernel from 4.18 on; threads need nothing that
+//! files do not. A backend is used only after it has written and read back a file, with registered memory too if a
+//! block is free for it. Falling back to a backend that is not the best one carries the reason of every better one in
+//! [`EngineReport::degraded`].
 
 mod backend;
 mod engine;

@@ -2,13 +2,15 @@
 //!
 //! A ring that can be built may still fail at its first transfer (system call filters, restricted rings), so a
 //! backend counts as working only after it has written and read back a file, with memory that the kernel has never
-//! seen and with memory of the engine's pool, which travels by other requests where it is registered. What is not the best is told with its
-//! reason, and never chosen silently.
+//! seen and with memory of the engine's pool, which travels by other requests where it is registered. The order is
+//! io_uring, Linux AIO, threads; what is not the best is told with the reason of every better one, and never chosen
+//! silently.
 
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use crate::backend::aio::Aio;
 use crate::backend::threads::Threads;
 use crate::backend::uring::Uring;
 use crate::backend::{Backend, BackendChoice, Transfer};
@@ -29,20 +31,40 @@ const PROOF_BYTES: usize = 4096;
 /// Starts the backend that `config` asks for, on the thread that will own it.
 pub(crate) fn start(config: &EngineConfig, pool: &Pool) -> Result<(Box<dyn Backend>, EngineReport), IoError> {
     let mut notes = Vec::new();
+    let mut asked = |kind| start_one(kind, config, pool, &mut notes);
     let (backend, degraded) = match config.backend {
-        BackendChoice::Uring => (start_uring(config, pool, &mut notes)?, None),
-        BackendChoice::Threads => (start_threads(config, pool)?, None),
-        BackendChoice::Auto => match start_uring(config, pool, &mut notes) {
-            Ok(backend) => (backend, None),
-            Err(refusal) => {
-                // They are about a ring that is not in use.
-                notes.clear();
-                (start_threads(config, pool)?, Some(format!("io_uring is not available: {refusal}")))
-            }
-        },
+        BackendChoice::Uring => (asked(BackendKind::Uring)?, None),
+        BackendChoice::Aio => (asked(BackendKind::Aio)?, None),
+        BackendChoice::Threads => (asked(BackendKind::Threads)?, None),
+        BackendChoice::Auto => start_best(config, pool, &mut notes)?,
     };
     let report = EngineReport { backend: backend.kind(), degraded, notes };
     Ok((backend, report))
+}
+
+/// Starts the first backend that works, and tells why each better one does not.
+fn start_best(
+    config: &EngineConfig,
+    pool: &Pool,
+    notes: &mut Vec<String>,
+) -> Result<(Box<dyn Backend>, Option<String>), Refusal> {
+    let mut reasons = Vec::new();
+    for (kind, name) in [(BackendKind::Uring, "io_uring"), (BackendKind::Aio, "Linux AIO")] {
+        match start_one(kind, config, pool, notes) {
+            Ok(backend) => return Ok((backend, degraded(&reasons))),
+            Err(refusal) => {
+                // They are about a backend that is not in use.
+                notes.clear();
+                reasons.push(format!("{name} is not available: {refusal}"));
+            }
+        }
+    }
+    Ok((start_one(BackendKind::Threads, config, pool, notes)?, degraded(&reasons)))
+}
+
+/// One line of all reasons.
+fn degraded(reasons: &[String]) -> Option<String> {
+    (!reasons.is_empty()).then(|| reasons.join("; "))
 }
 
 /// Why a backend does not work here.
@@ -60,18 +82,22 @@ impl From<Refusal> for IoError {
     }
 }
 
-fn start_uring(
+fn start_one(
+    kind: BackendKind,
     config: &EngineConfig,
     pool: &Pool,
     notes: &mut Vec<String>,
 ) -> Result<Box<dyn Backend>, Refusal> {
-    let started = Uring::start(config.queue_depth, pool, notes);
-    proven(BackendKind::Uring, started.map(|uring| Box::new(uring) as Box<dyn Backend>), pool)
-}
-
-fn start_threads(config: &EngineConfig, pool: &Pool) -> Result<Box<dyn Backend>, Refusal> {
-    let started = Threads::start(config.threads, config.queue_depth);
-    proven(BackendKind::Threads, started.map(|threads| Box::new(threads) as Box<dyn Backend>), pool)
+    fn boxed(backend: impl Backend + 'static) -> Box<dyn Backend> {
+        Box::new(backend)
+    }
+    let &EngineConfig { queue_depth, threads, .. } = config;
+    let started = match kind {
+        BackendKind::Uring => Uring::start(queue_depth, pool, notes).map(boxed),
+        BackendKind::Aio => Aio::start(queue_depth, threads).map(boxed),
+        BackendKind::Threads => Threads::start(threads, queue_depth).map(boxed),
+    };
+    proven(kind, started, pool)
 }
 
 fn proven(
@@ -79,13 +105,25 @@ fn proven(
     started: Result<Box<dyn Backend>, Errno>,
     pool: &Pool,
 ) -> Result<Box<dyn Backend>, Refusal> {
-    let refused = |action| move |errno| Refusal { backend, action, errno };
-    let mut backend = started.map_err(refused("start"))?;
-    prove(backend.as_mut(), pool).map_err(refused("move the first bytes"))?;
+    let refusal = |action, errno| Refusal { backend, action, errno };
+    let mut backend = started.map_err(|errno| refusal(starting(backend, errno), errno))?;
+    prove(backend.as_mut(), pool).map_err(|errno| refusal("move the first bytes", errno))?;
     Ok(backend)
 }
 
-/// Writes a file in memory and reads it back, with each kind of memory.
+/// What a backend was about to do when it could not start.
+fn starting(backend: BackendKind, errno: Errno) -> &'static str {
+    match (backend, errno) {
+        (BackendKind::Aio, Errno::AGAIN) => {
+            "reserve as many requests as its queue is deep, for which the machine's limit, \
+             `sysctl fs.aio-max-nr`, must be raised"
+        }
+        _ => "start",
+    }
+}
+
+/// Writes a file in memory and reads it back, with each kind of memory. Such a file never waits for a device, so every
+/// backend moves it by the system calls that it uses for direct transfers.
 fn prove(backend: &mut dyn Backend, pool: &Pool) -> Result<(), Errno> {
     // First memory of its own: a backend that never answers keeps what it was given.
     let class = BlockClass { name: "probe", block_bytes: PROOF_BYTES, count: 1 };
@@ -204,6 +242,21 @@ mod tests {
         assert_eq!(refusal.errno, Errno::ACCESS);
         assert_eq!(pool.leased_blocks(), 0, "the answer came, so the block is home");
         assert!(proven(BackendKind::Uring, Ok(Picky::refusing(&other)), &pool).is_ok());
+    }
+
+    #[test]
+    fn the_limit_on_asynchronous_requests_is_called_by_its_name() {
+        let said = |backend, errno| {
+            let refusal = proven(backend, Err(errno), &pool()).err().unwrap();
+            (refusal.to_string(), IoError::from(refusal).to_string())
+        };
+        let (reason, error) = said(BackendKind::Aio, Errno::AGAIN);
+        assert!(reason.contains("`sysctl fs.aio-max-nr`, must be raised: Resource"), "{reason}");
+        assert_eq!(error, format!("aio: {reason}"));
+        let others = [(BackendKind::Aio, Errno::PERM), (BackendKind::Threads, Errno::AGAIN)];
+        for (backend, errno) in others {
+            assert!(said(backend, errno).0.starts_with("cannot start: "));
+        }
     }
 
     #[test]

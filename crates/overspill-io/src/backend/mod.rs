@@ -4,7 +4,11 @@
 //! kernel may touch them, and gives it back with the kernel's answer as an [`Arrival`]. All backends answer with the
 //! number io_uring would give, so one driver and one conformance suite serve them all.
 
+pub(crate) mod aio;
+pub(crate) mod crew;
 pub(crate) mod doorbell;
+#[cfg(test)]
+pub(crate) mod testing;
 pub(crate) mod threads;
 pub(crate) mod uring;
 
@@ -30,6 +34,8 @@ pub enum BackendChoice {
     Auto,
     /// io_uring, or an error.
     Uring,
+    /// Linux AIO, or an error.
+    Aio,
     /// Threads with positioned reads and writes.
     Threads,
 }
@@ -39,6 +45,7 @@ impl fmt::Display for BackendChoice {
         f.write_str(match self {
             BackendChoice::Auto => "auto",
             BackendChoice::Uring => "io_uring",
+            BackendChoice::Aio => "aio",
             BackendChoice::Threads => "threads",
         })
     }
@@ -46,18 +53,23 @@ impl fmt::Display for BackendChoice {
 
 /// A name that no backend has.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no I/O backend is called `{name}`; there are auto, io_uring and threads")]
+#[error("no I/O backend is called `{name}`; there are auto, io_uring, aio and threads")]
 pub struct UnknownBackend {
     /// The name.
     pub name: String,
+}
+
+impl BackendChoice {
+    /// Every choice there is.
+    const ALL: [BackendChoice; 4] =
+        [BackendChoice::Auto, BackendChoice::Uring, BackendChoice::Aio, BackendChoice::Threads];
 }
 
 impl FromStr for BackendChoice {
     type Err = UnknownBackend;
 
     fn from_str(name: &str) -> Result<BackendChoice, UnknownBackend> {
-        let choices = [BackendChoice::Auto, BackendChoice::Uring, BackendChoice::Threads];
-        let found = choices.into_iter().find(|choice| choice.to_string() == name);
+        let found = BackendChoice::ALL.into_iter().find(|choice| choice.to_string() == name);
         found.ok_or_else(|| UnknownBackend { name: name.to_owned() })
     }
 }
@@ -67,6 +79,8 @@ impl FromStr for BackendChoice {
 pub enum BackendKind {
     /// io_uring.
     Uring,
+    /// Linux AIO, and threads for files that go through the page cache.
+    Aio,
     /// Threads with positioned reads and writes.
     Threads,
 }
@@ -75,6 +89,7 @@ impl fmt::Display for BackendKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             BackendKind::Uring => "io_uring",
+            BackendKind::Aio => "aio",
             BackendKind::Threads => "threads",
         })
     }
@@ -133,9 +148,9 @@ mod tests {
 
     #[test]
     fn choices_are_read_as_they_are_written() {
-        for choice in [BackendChoice::Auto, BackendChoice::Uring, BackendChoice::Threads] {
+        for choice in BackendChoice::ALL {
             assert_eq!(choice.to_string().parse(), Ok(choice));
         }
-        assert_eq!("aio".parse::<BackendChoice>(), Err(UnknownBackend { name: "aio".to_owned() }));
+        assert_eq!("uring".parse::<BackendChoice>(), Err(UnknownBackend { name: "uring".to_owned() }));
     }
 }

@@ -1,18 +1,18 @@
 //! Threads that read and write at positions: works wherever files do.
 //!
-//! Transfers go to the workers over one channel and come back over another; the doorbell rings on that other one, so
-//! the driver parks in a single place. Both channels are as long as the queue is deep, so nobody blocks on them.
+//! The crew's answers come back over a channel, and the doorbell rings on it too, so the driver parks in a single
+//! place. The channel is as long as the queue is deep, so nobody blocks on it.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::io::Errno;
 
+use super::crew::Crew;
 use super::doorbell::{Doorbell, Wire};
 use super::{Arrival, Backend, BackendKind, Transfer};
-use crate::error::Direction;
 
 /// What a parked driver wakes up to.
 pub(crate) enum Event {
@@ -22,46 +22,47 @@ pub(crate) enum Event {
     Wake,
 }
 
-/// A fixed number of workers.
+/// A crew and nothing else.
 pub(crate) struct Threads {
-    /// Closed on drop, which ends the workers.
-    jobs: Option<Sender<Transfer>>,
+    /// Dropped before the crew, which takes nothing more on when nobody hears it.
     events: Receiver<Event>,
+    crew: Crew,
     doorbell: Arc<Doorbell>,
-    workers: Vec<JoinHandle<()>>,
-    out: usize,
 }
 
 impl Threads {
     /// Starts `workers` threads for at most `depth` transfers at a time.
     pub(crate) fn start(workers: usize, depth: usize) -> Result<Threads, Errno> {
-        let (mut threads, next_job, done) = Threads::without_workers(depth);
-        for number in 0..workers {
-            let (next_job, done) = (next_job.clone(), done.clone());
-            let builder = thread::Builder::new().name(format!("overspill-io-{number}"));
-            let spawned = builder.spawn(move || work(&next_job, &done));
-            let errno =
-                |error: std::io::Error| error.raw_os_error().map_or(Errno::AGAIN, Errno::from_raw_os_error);
-            threads.workers.push(spawned.map_err(errno)?);
-        }
-        Ok(threads)
+        let (done, events, doorbell) = channel(depth);
+        let report = move |arrival| match done.send(Event::Arrived(arrival)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_nobody) => ControlFlow::Break(()),
+        };
+        Ok(Threads { events, crew: Crew::start(workers, depth, report)?, doorbell })
     }
 
     /// The driver's ends of the channels, and the workers' ends.
+    #[cfg(test)]
     pub(crate) fn without_workers(depth: usize) -> (Threads, Receiver<Transfer>, Sender<Event>) {
-        let (jobs, next_job) = bounded(depth);
-        // Room for the doorbell beside every transfer.
-        let (done, events) = bounded(depth + 1);
-        let doorbell = Arc::new(Doorbell::new(Wire::Channel(done.clone())));
-        (Threads { jobs: Some(jobs), events, doorbell, workers: Vec::new(), out: 0 }, next_job, done)
+        let (crew, next_job) = Crew::without_workers(depth);
+        let (done, events, doorbell) = channel(depth);
+        (Threads { events, crew, doorbell }, next_job, done)
     }
 
     fn take(&mut self, event: Event, arrivals: &mut Vec<Arrival>) {
         if let Event::Arrived(arrival) = event {
-            self.out -= 1;
+            self.crew.heard();
             arrivals.push(arrival);
         }
     }
+}
+
+/// Where answers go in and come out, and the doorbell that rings on it.
+fn channel(depth: usize) -> (Sender<Event>, Receiver<Event>, Arc<Doorbell>) {
+    // Room for the doorbell beside every transfer.
+    let (done, events) = bounded(depth + 1);
+    let doorbell = Arc::new(Doorbell::new(Wire::Channel(done.clone())));
+    (done, events, doorbell)
 }
 
 impl Backend for Threads {
@@ -74,9 +75,7 @@ impl Backend for Threads {
     }
 
     fn submit(&mut self, transfer: Transfer) {
-        self.out += 1;
-        let jobs = self.jobs.as_ref().expect("the channel is closed on drop only");
-        assert!(jobs.try_send(transfer).is_ok(), "no more transfers are out than the queue is deep");
+        self.crew.submit(transfer);
     }
 
     fn park(&mut self, deadline: Option<Instant>, arrivals: &mut Vec<Arrival>) -> Result<(), Errno> {
@@ -94,39 +93,4 @@ impl Backend for Threads {
     }
 
     fn tidy(&mut self) {}
-}
-
-impl Drop for Threads {
-    fn drop(&mut self) {
-        self.jobs = None;
-        // A worker that hangs in the kernel keeps its transfer, and is left alone with it.
-        if self.out == 0 {
-            for worker in self.workers.drain(..) {
-                let ended = worker.join();
-                debug_assert!(ended.is_ok(), "a worker has nothing to panic about");
-            }
-        }
-    }
-}
-
-fn work(jobs: &Receiver<Transfer>, done: &Sender<Event>) {
-    for mut transfer in jobs {
-        let result = perform(&mut transfer);
-        if done.send(Event::Arrived(Arrival { transfer, result })).is_err() {
-            return;
-        }
-    }
-}
-
-/// One system call, answered as io_uring would.
-fn perform(transfer: &mut Transfer) -> i32 {
-    let (position, done) = (transfer.position(), transfer.chunk.done);
-    let moved = match transfer.direction {
-        Direction::Read => rustix::io::pread(&transfer.file, &mut transfer.block[done..], position),
-        Direction::Write => rustix::io::pwrite(&transfer.file, &transfer.block[done..], position),
-    };
-    match moved {
-        Ok(moved) => i32::try_from(moved).expect("a chunk is shorter than 2 GiB"),
-        Err(errno) => -errno.raw_os_error(),
-    }
 }

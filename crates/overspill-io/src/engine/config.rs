@@ -26,7 +26,8 @@ pub struct EngineConfig {
     pub queue_depth: usize,
     /// Bytes that may be with the kernel at a time; a single chunk may go whatever its length.
     pub bytes_in_flight_max: usize,
-    /// Workers of the threads backend; each moves one chunk at a time.
+    /// Workers of the threads backend, and of Linux AIO for files that go through the page cache; each moves one chunk
+    /// at a time.
     pub threads: usize,
     /// How long a shutdown waits for accepted operations to end.
     pub drain_patience: Duration,

@@ -12,12 +12,10 @@ use std::time::{Duration, Instant};
 use overspill_io::{BackendChoice, BackendKind, Engine, EngineConfig, Locking, Priority};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::rig::{KIB, Rig, assert_pattern, eventually, finish};
-
-const BOTH: [BackendChoice; 2] = [BackendChoice::Uring, BackendChoice::Threads];
+use crate::rig::{BACKENDS, KIB, Rig, assert_pattern, eventually, finish};
 
 /// Runs the ignored test `name` of this binary in a process of its own.
-fn alone(name: &str) {
+pub(crate) fn alone(name: &str) {
     let binary = std::env::current_exe().unwrap();
     passed(&Command::new(binary).args(["--ignored", "--exact", name]).output().unwrap());
 }
@@ -82,7 +80,7 @@ fn nothing_is_left_behind_here() {
     let threads = || count("/proc/self/task");
     let before = (open(), threads());
     for _ in 0..4 {
-        for backend in BOTH {
+        for backend in BACKENDS {
             let rig = Rig::blocks(backend, 64 * KIB, 8);
             let with_engine = open();
             for file in 0..20_u64 {
@@ -117,7 +115,7 @@ fn processor_ns() -> u64 {
 #[test]
 #[ignore = "measures threads by name; run by an_idle_engine_uses_no_processor"]
 fn an_idle_engine_uses_no_processor_here() {
-    for backend in BOTH {
+    for backend in BACKENDS {
         let rig = Rig::blocks(backend, 64 * KIB, 1);
         let file = rig.create("file");
         drop(rig.write(&file, 0, rig.patterned(64 * KIB, 1)).unwrap());
@@ -147,18 +145,22 @@ fn auto_falls_back_to_threads_and_says_why_here() {
     let rig = Rig::blocks(BackendChoice::Threads, 64 * KIB, 1);
     let file = rig.create("file");
     // Descriptors are given out by rising number. One is left, for the file on which the threads prove themselves;
-    // the ring needs more.
+    // the others need more.
     let next = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
     limit(Resource::Nofile, u64::try_from(next).unwrap() + 1);
-    let forced = EngineConfig { backend: BackendChoice::Uring, ..EngineConfig::default() };
-    let refusal = Engine::start(forced, &rig.pool).unwrap_err();
-    assert_eq!(refusal.errno(), Some(libc::EMFILE), "{refusal}");
+    for backend in [BackendChoice::Uring, BackendChoice::Aio] {
+        let forced = EngineConfig { backend, ..EngineConfig::default() };
+        let refusal = Engine::start(forced, &rig.pool).unwrap_err();
+        assert_eq!(refusal.errno(), Some(libc::EMFILE), "{refusal}");
+    }
     let engine = Engine::start(EngineConfig::default(), &rig.pool).unwrap();
     let report = engine.report();
     assert_eq!(report.backend, BackendKind::Threads);
     let degraded = report.degraded.unwrap();
-    assert!(degraded.starts_with("io_uring is not available: cannot "), "{degraded}");
-    assert!(degraded.ends_with("(os error 24)"), "{degraded}");
+    let (uring, aio) = degraded.split_once("; ").unwrap();
+    assert!(uring.starts_with("io_uring is not available: cannot "), "{degraded}");
+    assert!(aio.starts_with("Linux AIO is not available: cannot "), "{degraded}");
+    assert!(uring.ends_with("(os error 24)") && aio.ends_with("(os error 24)"), "{degraded}");
     let written = engine.write(&file, 0, rig.patterned(64 * KIB, 1), Priority::Urgent);
     assert_pattern(&finish(written).unwrap(), 1);
 }
@@ -168,7 +170,7 @@ fn auto_falls_back_to_threads_and_says_why_here() {
 fn without_locked_memory_the_work_goes_on_and_the_reason_is_told_here() {
     // Enough for the ring itself, which newer kernels count too.
     limit(Resource::Memlock, 256 * KIB as u64);
-    for backend in BOTH {
+    for backend in BACKENDS {
         let rig = Rig::blocks(backend, 64 * KIB, 64);
         let Locking::Unlocked { reason } = rig.pool.report().locked else { panic!("4 MiB were locked") };
         assert!(reason.contains("ulimit -l"), "{reason}");

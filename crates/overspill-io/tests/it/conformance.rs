@@ -16,6 +16,9 @@ macro_rules! laws {
         mod uring {
             $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Uring); })*
         }
+        mod aio {
+            $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Aio); })*
+        }
         mod threads {
             $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Threads); })*
         }

@@ -14,6 +14,10 @@ pub(crate) const MIB: usize = 1 << 20;
 /// Longer than anything here takes on a slow machine.
 pub(crate) const BOUND: Duration = Duration::from_secs(60);
 
+/// Every way to the kernel.
+pub(crate) const BACKENDS: [BackendChoice; 3] =
+    [BackendChoice::Uring, BackendChoice::Aio, BackendChoice::Threads];
+
 /// An engine over a pool of its own, and a folder that takes direct I/O where the build does.
 pub(crate) struct Rig {
     pub(crate) engine: Engine,

@@ -71,10 +71,14 @@ fn auto_takes_io_uring_where_it_works() {
     let auto = Engine::start(EngineConfig::default(), &pool).unwrap().report();
     assert_eq!(auto.backend, BackendKind::Uring);
     assert_eq!(auto.degraded, None);
-    let asked = EngineConfig { backend: BackendChoice::Threads, ..EngineConfig::default() };
-    let threads = Engine::start(asked, &pool).unwrap().report();
-    assert_eq!(threads.backend, BackendKind::Threads);
-    assert_eq!((threads.degraded, threads.notes), (None, Vec::new()));
+    for (backend, kind) in
+        [(BackendChoice::Aio, BackendKind::Aio), (BackendChoice::Threads, BackendKind::Threads)]
+    {
+        let asked = EngineConfig { backend, ..EngineConfig::default() };
+        let report = Engine::start(asked, &pool).unwrap().report();
+        assert_eq!(report.backend, kind);
+        assert_eq!((report.degraded, report.notes), (None, Vec::new()));
+    }
 }
 
 #[test]
