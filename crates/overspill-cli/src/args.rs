@@ -138,7 +138,7 @@ pub(crate) struct TrainArguments {
     #[arg(long, value_name = "N", help_heading = "How it runs", value_parser = depth)]
     pub(crate) depth: Option<usize>,
 
-    /// How bytes are moved: auto, io_uring or threads
+    /// How bytes are moved: auto, io_uring, aio or threads
     #[arg(
         long,
         value_name = "NAME",
@@ -171,7 +171,7 @@ pub(crate) struct BenchIoArguments {
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = positive)]
     pub(crate) pairs: usize,
 
-    /// How bytes are moved: auto, io_uring or threads
+    /// How bytes are moved: auto, io_uring, aio or threads
     #[arg(long, value_name = "NAME", default_value = "auto", env = "OVERSPILL_BACKEND")]
     pub(crate) backend: BackendChoice,
 

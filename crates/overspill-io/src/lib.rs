@@ -29,7 +29,8 @@
 //!
 //! A [`Pool`] is one mapping, cut into blocks whose number is the sum of everybody who can hold one. Who wants to
 //! move bytes leases a [`Block`] first, and waits if there is none; nothing else holds requests back. A block is an
-//! exclusive range of memory that can be split and joined, never aliased.
+//! exclusive range of memory that can be split and joined, never aliased. [`Pool::register_with_cuda`] pins the memory
+//! for GPUs as well, with whatever driver is installed where the program runs.
 //!
 //! # The data path
 //!
@@ -107,8 +108,10 @@ pub use engine::ticket::Ticket;
 pub use error::{Direction, Failed, IoError};
 pub use file::File;
 pub use memory::BLOCK_ALIGNMENT;
-pub use memory::arena::{Locking, MemoryReport};
+pub use memory::arena::MemoryReport;
 pub use memory::block::Block;
+pub use memory::cuda::{CudaError, CudaReport};
 pub use memory::heap::trim_heap;
+pub use memory::locking::Locking;
 pub use memory::pool::{Pool, PoolError};
 pub use memory::shelves::BlockClass;

@@ -21,7 +21,7 @@ use crate::engine::queue::{Limits, Priority, Queue};
 use crate::error::{Direction, IoError};
 use crate::file::File;
 use crate::memory::block::Block;
-use crate::{BackendKind, BlockClass, Pool};
+use crate::{BackendKind, BlockClass, Locking, Pool};
 
 /// How long the proof may take before the backend counts as not working.
 const PROOF_PATIENCE: Duration = Duration::from_secs(10);
@@ -38,6 +38,9 @@ pub(crate) fn start(config: &EngineConfig, pool: &Pool) -> Result<(Box<dyn Backe
         BackendChoice::Threads => (asked(BackendKind::Threads)?, None),
         BackendChoice::Auto => start_best(config, pool, &mut notes)?,
     };
+    if let Locking::Unlocked { reason } = pool.report().locked {
+        notes.insert(0, format!("memory is not locked: {reason}"));
+    }
     let report = EngineReport { backend: backend.kind(), degraded, notes };
     Ok((backend, report))
 }

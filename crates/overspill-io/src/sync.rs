@@ -1,6 +1,17 @@
 //! Locks that outlive the panic of a holder.
+//!
+//! Locks and condition variables come from here, so that a build of the tests with `--cfg loom` can put loom's in their
+//! place, which try every order in which threads can meet. Nothing else changes: the models, `loom_models` in the files
+//! of what they are about, run the very code that runs elsewhere.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+#[cfg(not(all(test, loom)))]
+pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic::AtomicBool};
+
+#[cfg(all(test, loom))]
+pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, atomic::AtomicBool};
+
+use std::sync::PoisonError;
+use std::time::Duration;
 
 /// Locks `mutex`, whether or not a holder panicked.
 ///
@@ -14,7 +25,22 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-#[cfg(test)]
+/// Gives `guard` up until `condition` is signaled, or for no reason at all: the caller looks again.
+pub(crate) fn wait<'a, T>(condition: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    condition.wait(guard).unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Like [`wait`], for `left` at most. A model never runs out of patience, so whoever is not woken there hangs, and is
+/// found.
+pub(crate) fn wait_for<'a, T>(
+    condition: &Condvar,
+    guard: MutexGuard<'a, T>,
+    left: Duration,
+) -> MutexGuard<'a, T> {
+    condition.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use std::thread;
 

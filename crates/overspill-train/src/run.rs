@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
-use overspill_io::{Engine, EngineConfig, Locking, Pool};
+use overspill_io::{Engine, EngineConfig, Pool};
 use overspill_optim::Isa;
 use overspill_swap::Store;
 
@@ -157,12 +157,11 @@ impl Prepared {
         let config = EngineConfig { backend: storage.backend, ..EngineConfig::default() };
         let engine = Engine::start(config, &pool)?;
         let engine_report = engine.report();
-        let mut notes = engine_report.notes;
-        if let Locking::Unlocked { reason } = pool.report().locked {
-            notes.push(format!("memory is not locked: {reason}"));
-        }
-        let transport =
-            Transport { name: engine_report.backend.to_string(), degraded: engine_report.degraded, notes };
+        let transport = Transport {
+            name: engine_report.backend.to_string(),
+            degraded: engine_report.degraded,
+            notes: engine_report.notes,
+        };
         let out = self.out(options)?;
         self.announce(options, &transport, observer);
         let home = SwappedHome::create(

@@ -6,12 +6,13 @@
 
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use crossbeam_channel::Sender;
 use rustix::io::Errno;
 
 use super::threads::Event;
+use crate::sync::AtomicBool;
 
 /// The driver's doorbell, shared by everybody who may have work for it.
 pub(crate) struct Doorbell {
@@ -25,6 +26,9 @@ pub(crate) enum Wire {
     EventFd(OwnedFd),
     /// The channel that the worker threads answer on.
     Channel(Sender<Event>),
+    /// What stands for both in a model: it stays pulled until somebody has heard it.
+    #[cfg(all(test, loom))]
+    Model(loom_models::Pull),
 }
 
 impl Doorbell {
@@ -41,6 +45,8 @@ impl Doorbell {
             Wire::EventFd(fd) => while rustix::io::write(fd, &1_u64.to_ne_bytes()) == Err(Errno::INTR) {},
             // A full channel has something for the driver to wake up to already.
             Wire::Channel(sender) => drop(sender.try_send(Event::Wake)),
+            #[cfg(all(test, loom))]
+            Wire::Model(pull) => pull.pull(),
         }
     }
 
@@ -74,5 +80,81 @@ mod tests {
         assert!(bell.answer() && !bell.answer());
         bell.ring();
         assert_eq!(receiver.len(), 2);
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_models {
+    use loom::sync::Arc;
+    use loom::sync::atomic::AtomicUsize;
+    use loom::thread;
+
+    use super::*;
+    use crate::sync::{Condvar, Mutex, lock, wait};
+
+    /// An eventfd, or a channel with one place for the doorbell.
+    pub(crate) struct Pull {
+        pulled: Mutex<bool>,
+        heard: Condvar,
+    }
+
+    impl Pull {
+        fn new() -> Pull {
+            Pull { pulled: Mutex::new(false), heard: Condvar::new() }
+        }
+
+        pub(super) fn pull(&self) {
+            *lock(&self.pulled) = true;
+            self.heard.notify_one();
+        }
+
+        /// Sleeps until it is pulled, and lets it go.
+        fn park(&self) {
+            let mut pulled = lock(&self.pulled);
+            while !*pulled {
+                pulled = wait(&self.heard, pulled);
+            }
+            *pulled = false;
+        }
+    }
+
+    /// Callers that leave work and ring, and a driver that sleeps whenever it finds none.
+    fn drive(callers: usize, requests: usize) {
+        loom::model(move || {
+            let bell = Arc::new(Doorbell::new(Wire::Model(Pull::new())));
+            // Relaxed: only the bell makes the driver see what was left before it rang.
+            let left = Arc::new(AtomicUsize::new(0));
+            let callers_at_work: Vec<_> = (0..callers)
+                .map(|_| {
+                    let (bell, left) = (Arc::clone(&bell), Arc::clone(&left));
+                    thread::spawn(move || {
+                        for _ in 0..requests {
+                            left.fetch_add(1, Ordering::Relaxed);
+                            bell.ring();
+                        }
+                    })
+                })
+                .collect();
+            while {
+                bell.answer();
+                left.load(Ordering::Relaxed) < callers * requests
+            } {
+                let Wire::Model(pull) = bell.wire() else { unreachable!("it was made so") };
+                pull.park();
+            }
+            for caller in callers_at_work {
+                caller.join().unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn a_driver_that_sleeps_is_woken_by_every_caller() {
+        drive(2, 1);
+    }
+
+    #[test]
+    fn a_ring_between_the_answer_and_the_park_is_not_lost() {
+        drive(1, 3);
     }
 }

@@ -28,6 +28,7 @@ use crate::Pool;
 use crate::engine::table::{Slot, Table};
 use crate::error::Direction;
 use crate::file::{File, Inner};
+use crate::memory::locking::{Locking, limit_advice};
 
 /// The kernel registers no larger buffer.
 const REGION_BYTES: usize = 1 << 30;
@@ -249,9 +250,13 @@ impl Regions {
                 Regions { span: start..start + bytes }
             }
             Err(error) => {
-                notes.push(format!(
-                    "memory is not registered with io_uring ({error}): raise the limit of locked memory, `ulimit -l`"
-                ));
+                // Registered memory is counted apart from locked memory, against the same limit; where the memory is
+                // not locked either, that has been told already.
+                let advice = match pool.report().locked {
+                    Locking::Locked => format!("; {}", limit_advice(0)),
+                    Locking::Unlocked { .. } => String::new(),
+                };
+                notes.push(format!("memory is not registered with io_uring: {error}{advice}"));
                 Regions { span: 0..0 }
             }
         }

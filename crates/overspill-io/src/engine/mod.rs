@@ -3,6 +3,7 @@
 //! A call makes an [`op::Op`] and sends it through a bounded channel; the [`driver`] cuts it into chunks by the rules
 //! of the [`queue`], and answers through the operation's [`ticket`].
 
+mod cell;
 pub(crate) mod chunk;
 pub(crate) mod completion;
 pub(crate) mod config;
@@ -18,7 +19,7 @@ pub(crate) mod ticket;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ use crate::backend::doorbell::Doorbell;
 use crate::error::{Direction, IoError};
 use crate::file::File;
 use crate::memory::block::Block;
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 use crate::{BackendKind, Pool, probe};
 
 /// Operations that may wait for the driver to look; a caller beyond that waits for the driver's next turn. It bounds

@@ -3,12 +3,11 @@
 //! Busy time is the length of the union of the operations' lifetimes, from the driver's acceptance to the answer:
 //! bytes over busy time is the bandwidth the device really gave, however many operations overlapped.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::Direction;
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 
 /// Totals since the engine's start; none ever falls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -10,20 +10,22 @@
 //! the block before the operation is over.
 
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::Arc;
 
+use super::cell::Cell;
 use super::stats::Stats;
 use crate::error::{Failed, IoError};
 use crate::memory::block::Block;
-use crate::sync::lock;
+
+/// What comes of an operation.
+type Answer<T> = Result<T, Failed>;
 
 /// A claim on an operation's answer and on its block.
 ///
 /// Dropping it abandons the answer: the operation still completes, and then its block returns to the pool.
 #[must_use = "the block and the outcome come back through the ticket"]
 pub struct Ticket<T = Block> {
-    cell: Arc<Cell<T>>,
+    cell: Arc<Cell<Answer<T>>>,
     stats: Arc<Stats>,
 }
 
@@ -34,35 +36,21 @@ impl<T> Ticket<T> {
     ///
     /// [`Failed`], with the block, if not every byte was moved.
     pub fn wait(self) -> Result<T, Failed> {
-        let mut state = lock(&self.cell.state);
-        if matches!(*state, State::Owed) {
-            let began = Instant::now();
-            state = self
-                .cell
-                .answered
-                .wait_while(state, |state| matches!(*state, State::Owed))
-                .unwrap_or_else(PoisonError::into_inner);
-            self.stats.waited(began.elapsed());
-        }
-        match std::mem::replace(&mut *state, State::Closed) {
-            State::Answered(answer) => answer,
-            // Nobody else holds the ticket, and waiting consumes it.
-            State::Owed | State::Closed => unreachable!("an answer is taken once, after it came"),
-        }
+        let (answer, waited) = self.cell.take();
+        self.stats.waited(waited);
+        answer
     }
 
     /// Whether [`Ticket::wait`] would return at once.
     #[must_use]
     pub fn is_done(&self) -> bool {
-        !matches!(*lock(&self.cell.state), State::Owed)
+        self.cell.is_filled()
     }
 }
 
 impl<T> Drop for Ticket<T> {
     fn drop(&mut self) {
-        // The answer may hold the last part of a lease, whose drop takes the pool's lock: not under this one.
-        let abandoned = std::mem::replace(&mut *lock(&self.cell.state), State::Closed);
-        drop(abandoned);
+        self.cell.close();
     }
 }
 
@@ -82,7 +70,7 @@ pub(crate) enum Reply {
 
 impl Reply {
     /// Answers; the answer is dropped if the ticket was.
-    pub(crate) fn send(self, answer: Result<Block, Failed>) {
+    pub(crate) fn send(self, answer: Answer<Block>) {
         match self {
             Reply::Block(promise) => promise.keep(answer),
             // The block is home before the waiter wakes.
@@ -93,17 +81,17 @@ impl Reply {
 
 /// The obligation to answer one ticket.
 pub(crate) struct Promise<T> {
-    cell: Arc<Cell<T>>,
+    cell: Arc<Cell<Answer<T>>>,
 }
 
 impl<T> Promise<T> {
     /// Makes the two ends.
     pub(crate) fn new(stats: Arc<Stats>) -> (Promise<T>, Ticket<T>) {
-        let cell = Arc::new(Cell::new(State::Owed));
+        let cell = Arc::new(Cell::new());
         (Promise { cell: Arc::clone(&cell) }, Ticket { cell, stats })
     }
 
-    fn keep(self, answer: Result<T, Failed>) {
+    fn keep(self, answer: Answer<T>) {
         self.cell.fill(answer);
     }
 }
@@ -112,35 +100,6 @@ impl<T> Drop for Promise<T> {
     fn drop(&mut self) {
         // After an answer this finds the cell filled and changes nothing.
         self.cell.fill(Err(Failed { error: IoError::EngineStopped, block: None }));
-    }
-}
-
-struct Cell<T> {
-    state: Mutex<State<T>>,
-    answered: Condvar,
-}
-
-enum State<T> {
-    Owed,
-    Answered(Result<T, Failed>),
-    /// The answer was taken, or nobody wants it.
-    Closed,
-}
-
-impl<T> Cell<T> {
-    fn new(state: State<T>) -> Cell<T> {
-        Cell { state: Mutex::new(state), answered: Condvar::new() }
-    }
-
-    fn fill(&self, answer: Result<T, Failed>) {
-        let mut state = lock(&self.state);
-        if matches!(*state, State::Owed) {
-            *state = State::Answered(answer);
-            self.answered.notify_all();
-        } else {
-            drop(state);
-            drop(answer);
-        }
     }
 }
 

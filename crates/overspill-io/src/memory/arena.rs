@@ -1,28 +1,32 @@
 //! One anonymous mapping that holds every block.
 //!
-//! Big transfers are two to three times faster from huge pages, and separate small mappings silently get small
-//! ones; so there is a single mapping, it starts at a huge-page boundary, asks for huge pages before the first
-//! touch, and is touched once here, at start-up, instead of in somebody's training step. What the kernel refuses
-//! (locking, huge pages) does not stop the work: it is measured and told in [`MemoryReport`].
+//! Reads are two to three times faster into huge pages, writes a third, and a ring registers them in a tenth of the
+//! time; but separate small mappings silently get small ones. So there is a single mapping, it starts at a huge-page
+//! boundary, asks for huge pages before the first touch, and is touched once here, at start-up, instead of in
+//! somebody's training step. What the kernel refuses (locking, huge pages) does not stop the work: it is measured and
+//! told in [`MemoryReport`].
 
 #![expect(unsafe_code, reason = "maps, advises and unmaps the memory that all blocks live in")]
 
 use std::ffi::c_void;
-use std::fmt;
+use std::path::Path;
 use std::ptr::{self, NonNull};
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mlock, mmap_anonymous, munmap};
 
 use super::BLOCK_ALIGNMENT;
+use super::cuda::{CudaError, CudaReport, Registration};
+use super::locking::{Locking, limit_advice};
 use super::pool::PoolError;
+use crate::sync::{Mutex, lock};
 
 /// Where a mapping must start so that its first bytes can lie on a huge page.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 const _: () = assert!(HUGE_PAGE_BYTES.is_multiple_of(BLOCK_ALIGNMENT));
 
-/// What the pool's memory really is, measured once after it was touched.
+/// What the pool's memory really is; its pages are measured once, after they were touched.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryReport {
     /// Size of the one mapping: the sum of all blocks, rounded up to a page.
@@ -31,39 +35,23 @@ pub struct MemoryReport {
     pub huge_page_bytes: usize,
     /// Whether the memory can be paged out.
     pub locked: Locking,
-}
-
-/// Whether the pool's memory is locked.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Locking {
-    /// The memory stays where it is.
-    Locked,
-    /// The kernel may page it out, because it refused to lock it.
-    Unlocked {
-        /// The kernel's refusal and what would lift it.
-        reason: String,
-    },
-}
-
-impl fmt::Display for Locking {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Locking::Locked => f.write_str("locked"),
-            Locking::Unlocked { reason } => write!(f, "unlocked: {reason}"),
-        }
-    }
+    /// What CUDA knows of it; nothing, until somebody registers it.
+    pub cuda: Option<CudaReport>,
 }
 
 /// The mapping; unmapped on drop, which the blocks' leases put off until the last of them is gone.
 pub(crate) struct Arena {
     start: NonNull<u8>,
     bytes: usize,
-    report: MemoryReport,
+    huge_page_bytes: usize,
+    locked: Locking,
+    cuda: Mutex<Option<Registration>>,
 }
 
-// SAFETY: the arena hands out addresses only; who may use which bytes is the pool's decision, kept under its lock.
+// SAFETY: the arena hands out addresses only; who may use which bytes is the pool's decision, kept under its lock. Its
+// other fields are `Send` by themselves.
 unsafe impl Send for Arena {}
-// SAFETY: as above: a shared arena is never written through by itself.
+// SAFETY: as above: a shared arena is never written through by itself. Its other fields are `Sync` by themselves.
 unsafe impl Sync for Arena {}
 
 impl Arena {
@@ -77,17 +65,35 @@ impl Arena {
         let mut arena = Arena {
             start,
             bytes: total,
-            report: MemoryReport { total_bytes: total, huge_page_bytes: 0, locked: Locking::Locked },
+            huge_page_bytes: 0,
+            locked: Locking::Locked,
+            cuda: Mutex::new(None),
         };
         arena.advise();
         arena.touch(page);
-        arena.report.locked = arena.lock();
-        arena.report.huge_page_bytes = arena.huge_page_bytes();
+        arena.locked = arena.lock();
+        arena.huge_page_bytes = arena.count_huge_page_bytes();
         Ok(arena)
     }
 
-    pub(crate) fn report(&self) -> &MemoryReport {
-        &self.report
+    pub(crate) fn report(&self) -> MemoryReport {
+        MemoryReport {
+            total_bytes: self.bytes,
+            huge_page_bytes: self.huge_page_bytes,
+            locked: self.locked.clone(),
+            cuda: lock(&self.cuda).as_ref().map(|registration| registration.report().clone()),
+        }
+    }
+
+    /// Registers all of it with the CUDA driver in `library`, unless it is registered already.
+    pub(super) fn register_with_cuda(&self, library: &Path) -> Result<CudaReport, CudaError> {
+        // Held all the while: whoever comes second finds what the first one made.
+        let mut cuda = lock(&self.cuda);
+        let registration = match cuda.take() {
+            Some(registration) => registration,
+            None => Registration::make(library, self.start, self.bytes)?,
+        };
+        Ok(cuda.insert(registration).report().clone())
     }
 
     /// The first byte and the number of bytes.
@@ -128,15 +134,16 @@ impl Arena {
             Ok(()) => Locking::Locked,
             Err(errno) => Locking::Unlocked {
                 reason: format!(
-                    "mlock of {} bytes: {}; raise the limit with `ulimit -l`",
-                    self.bytes,
-                    std::io::Error::from(errno)
+                    "mlock of {} KiB: {}; {}",
+                    self.bytes.div_ceil(1 << 10),
+                    std::io::Error::from(errno),
+                    limit_advice(self.bytes)
                 ),
             },
         }
     }
 
-    fn huge_page_bytes(&self) -> usize {
+    fn count_huge_page_bytes(&self) -> usize {
         let start = self.start.as_ptr().addr();
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
         // Neighboring mappings may have been merged with ours, so their pages could count too.
@@ -146,6 +153,12 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
+        let cuda = lock(&self.cuda).take();
+        if cuda.is_some_and(|registration| registration.end().is_err()) {
+            // The driver takes these addresses for pinned ones: whatever were mapped here next, it would copy to and
+            // from the old pages. So nothing ever is.
+            return;
+        }
         // SAFETY: `self` owns the mapping, and every lease holds the pool that holds `self`: none is left.
         let unmapped = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
         debug_assert!(unmapped.is_ok(), "the arena's own range cannot be refused");

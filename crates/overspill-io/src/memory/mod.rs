@@ -1,11 +1,15 @@
 //! Memory that the kernel may touch: one arena, cut into blocks, leased from a pool.
 //!
-//! [`arena`] maps the memory once, [`shelves`] lays it out in blocks, [`pool`] decides who holds which, and [`block`] is the
-//! holder's handle. All of it is fixed when the pool is made; nothing is mapped or grown while training runs.
+//! [`arena`] maps the memory once, [`shelves`] lays it out in blocks, [`ledger`] says who gets which and who waits,
+//! [`pool`] is what users see of that, and [`block`] is the holder's handle. All of it is fixed when the pool is made;
+//! nothing is mapped or grown while training runs. [`cuda`] tells a GPU's driver about the memory, when asked to.
 
 pub(crate) mod arena;
 pub(crate) mod block;
+pub(crate) mod cuda;
 pub(crate) mod heap;
+mod ledger;
+pub(crate) mod locking;
 pub(crate) mod pool;
 pub(crate) mod shelves;
 

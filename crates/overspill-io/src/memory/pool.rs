@@ -3,19 +3,21 @@
 //! The size of a [`Pool`] is the sum of everybody who can hold a block, given as [`BlockClass`]es and fixed at
 //! start: there is no growth, so memory cannot run away, and waiting for a block is the back-pressure of the whole
 //! engine. A task that needs several blocks leases them together or not at all, because two tasks that each hold
-//! half of what they need would wait for each other for good. Waiting ends after the pool's patience with the same
-//! typed refusal that [`Pool::try_lease`] gives at once.
+//! half of what they need would wait for each other for good. Waiting, which is the [`Ledger`]'s, ends after the pool's
+//! patience with the same typed refusal that [`Pool::try_lease`] gives at once.
 
 use std::fmt;
+use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::arena::{Arena, MemoryReport};
 use super::block::Block;
-use super::shelves::{Free, Place, Shelves};
+use super::cuda::{self, CudaError, CudaReport};
+use super::ledger::Ledger;
+use super::shelves::{Place, Shelves};
 use crate::BlockClass;
-use crate::sync::lock;
 
 /// How long [`Pool::lease`] waits before it takes the pool for overcommitted.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -97,8 +99,7 @@ impl Pool {
     pub fn with_patience(classes: &[BlockClass], patience: Duration) -> Result<Pool, PoolError> {
         let shelves = Shelves::lay_out(classes)?;
         let arena = Arena::map(shelves.bytes())?;
-        let state = Mutex::new(State { free: shelves.all_free(), waiters: 0, waited: Duration::ZERO });
-        Ok(Pool { shared: Arc::new(Shared { shelves, state, returned: Condvar::new(), patience, arena }) })
+        Ok(Pool { shared: Arc::new(Shared { ledger: Ledger::new(shelves), patience, arena }) })
     }
 
     /// Leases a block of `bytes` bytes from the smallest class that serves it, waiting until one is free.
@@ -138,22 +139,33 @@ impl Pool {
         self.acquire(bytes, Duration::ZERO)
     }
 
-    /// What the memory really is: its size, its pages, and whether it is locked.
+    /// What the memory really is: its size, its pages, whether it is locked, and what CUDA knows of it.
     #[must_use]
     pub fn report(&self) -> MemoryReport {
-        self.shared.arena.report().clone()
+        self.shared.arena.report()
+    }
+
+    /// Pins the memory for the GPUs of this machine too, by the CUDA driver that is installed here; it stays so until
+    /// the pool and its last block are gone. The driver is loaded by this call, which costs time and, for its context,
+    /// memory beyond the pool. Once is enough; more calls change nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`], and nothing has changed.
+    pub fn register_with_cuda(&self) -> Result<CudaReport, CudaError> {
+        self.shared.arena.register_with_cuda(Path::new(cuda::DRIVER))
     }
 
     /// Number of leases that have not returned.
     #[must_use]
     pub fn leased_blocks(&self) -> usize {
-        self.shared.shelves.leased(&lock(&self.shared.state).free)
+        self.shared.ledger.leased()
     }
 
     /// Total time that callers spent waiting for blocks.
     #[must_use]
     pub fn waited(&self) -> Duration {
-        lock(&self.shared.state).waited
+        self.shared.ledger.waited()
     }
 
     /// First byte and length of the memory that all blocks lie in.
@@ -162,25 +174,7 @@ impl Pool {
     }
 
     fn acquire(&self, bytes: &[usize], patience: Duration) -> Result<Vec<Block>, PoolError> {
-        let Shared { shelves, state, .. } = &*self.shared;
-        let order = shelves.order(bytes)?;
-        // What the pool could not give if everybody returned everything is not worth waiting for.
-        let patience = if shelves.can_serve(&order) { patience } else { Duration::ZERO };
-        let began = Instant::now();
-        let mut state = lock(state);
-        let places = loop {
-            match shelves.take(&mut state.free, &order) {
-                Ok(places) => break places,
-                Err(refusal) => {
-                    let left = patience.saturating_sub(began.elapsed());
-                    if left.is_zero() {
-                        return Err(refusal);
-                    }
-                    state = self.shared.wait(state, left);
-                }
-            }
-        };
-        drop(state);
+        let places = self.shared.ledger.take(bytes, patience)?;
         let lease = |place| Lease { pool: Arc::clone(&self.shared), place };
         Ok(places.into_iter().zip(bytes).map(|(place, &bytes)| Block::whole(lease(place), bytes)).collect())
     }
@@ -189,7 +183,9 @@ impl Pool {
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut pool = f.debug_struct("Pool");
-        pool.field("classes", &self.shared.shelves).field("leased_blocks", &self.leased_blocks()).finish()
+        pool.field("classes", self.shared.ledger.shelves())
+            .field("leased_blocks", &self.leased_blocks())
+            .finish()
     }
 }
 
@@ -202,48 +198,20 @@ pub(super) struct Lease {
 impl Lease {
     /// Where the leased memory begins, of which the holder uses `bytes` bytes.
     pub(super) fn memory(&self, bytes: usize) -> NonNull<u8> {
-        self.pool.arena.address(self.pool.shelves.offset(self.place, bytes), bytes)
+        self.pool.arena.address(self.pool.ledger.shelves().offset(self.place, bytes), bytes)
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let mut state = lock(&self.pool.state);
-        state.free.put_back(self.place);
-        let somebody_waits = state.waiters > 0;
-        drop(state);
-        if somebody_waits {
-            // All of them: the one whose whole order can be served now need not be the one that waits longest.
-            self.pool.returned.notify_all();
-        }
+        self.pool.ledger.put_back(self.place);
     }
 }
 
 struct Shared {
-    shelves: Shelves,
-    state: Mutex<State>,
-    returned: Condvar,
+    ledger: Ledger,
     patience: Duration,
     arena: Arena,
-}
-
-struct State {
-    free: Free,
-    waiters: usize,
-    waited: Duration,
-}
-
-impl Shared {
-    /// Waits until a block returns, for at most `left`.
-    fn wait<'a>(&self, mut state: MutexGuard<'a, State>, left: Duration) -> MutexGuard<'a, State> {
-        let began = Instant::now();
-        state.waiters += 1;
-        let (mut state, _timeout) =
-            self.returned.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
-        state.waiters -= 1;
-        state.waited += began.elapsed();
-        state
-    }
 }
 
 /// The block of an order for one.
