@@ -28,14 +28,50 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Tensors in files of their own
+//!
+//! Where every tensor is to have its own file, [`buffers`] packs them into pinned memory and moves them, and the
+//! [`swapper`] does so behind the caller's back. A file holds the tensor, and zeros up to a multiple of 4096 bytes.
+//!
+//! ```
+//! use overspill_io::{BlockClass, Engine, EngineConfig, Pool};
+//! use overspill_swap::buffers::{Alignment, Dtype, SwapBuffer};
+//! use overspill_swap::swapper::AsyncTensorSwapper;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let folder = tempfile::tempdir()?;
+//! let pool = Pool::new(&[BlockClass { name: "example", block_bytes: 1 << 20, count: 2 }])?;
+//! let engine = Engine::start(EngineConfig::default(), &pool)?;
+//! let alignment = Alignment::probe(&engine, folder.path())?;
+//! let path = folder.path().join("exp_avg");
+//!
+//! let mut swapper = AsyncTensorSwapper::new(&engine, alignment);
+//! swapper.add_buffers(pool.lease_all(&[1 << 20, 1 << 20])?, Dtype::F32)?;
+//! let moments = vec![0.5_f32; 1000];
+//! swapper.swap_out_tensors(&[moments.as_slice().into()], &[&path])?;
+//! drop(moments); // It was copied; the write goes on behind our back.
+//! let mut released = swapper.release_buffers()?;
+//! assert_eq!(released.stats.numel, 1000);
+//!
+//! let mut buffer = SwapBuffer::new(released.blocks.remove(0), Dtype::F32, alignment);
+//! buffer.allocate(1000, &path)?;
+//! let buffer = buffer.swap_in(&engine)?.wait()?;
+//! let moments = buffer.view_at(0).ok_or("one tensor is in the buffer")?;
+//! assert_eq!(moments.elements::<f32>()?, vec![0.5; 1000]);
+//! # Ok(())
+//! # }
+//! ```
 #![forbid(unsafe_code)]
 
+pub mod buffers;
 mod directory;
 mod error;
 mod extent;
 mod manifest;
 pub mod pipeline;
 mod store;
+pub mod swapper;
 mod tensor;
 pub mod tiles;
 

@@ -1,7 +1,10 @@
 //! The store on real files, with both backends.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed, its helpers too")]
 
+mod buffers;
+mod folder;
 mod pipeline;
 mod rig;
 mod store;
+mod swapper;
 mod tiles;
