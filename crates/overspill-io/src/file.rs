@@ -77,6 +77,22 @@ impl File {
         Ok(File::new(fd, PathBuf::from("(memory)"), &stat, Access::Memory, doorbell))
     }
 
+    /// A file in memory that transfers have to treat as one on a disk: direct, unless `alignment` is 1.
+    #[cfg(test)]
+    pub(crate) fn in_memory_as(
+        path: &str,
+        alignment: usize,
+        doorbell: &Arc<Doorbell>,
+    ) -> Result<File, Errno> {
+        let fd = rustix::fs::memfd_create(path, rustix::fs::MemfdFlags::CLOEXEC)?;
+        let access = match alignment {
+            1 => Access::Buffered { because: "it is in memory".to_owned() },
+            alignment => Access::Direct { alignment },
+        };
+        let stat = rustix::fs::fstat(&fd)?;
+        Ok(File::new(fd, PathBuf::from(path), &stat, access, doorbell))
+    }
+
     /// The path it was opened by.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -90,6 +90,9 @@
 //! files do not. A backend is used only after it has written and read back a file, with registered memory too if a
 //! block is free for it. Falling back to a backend that is not the best one carries the reason of every better one in
 //! [`EngineReport::degraded`].
+//!
+//! With the feature `sim` there is one more, for tests: a simulated kernel that moves real bytes, but answers late, out
+//! of order, in part or with errors, all by a seed.
 
 mod backend;
 mod engine;
@@ -99,6 +102,8 @@ mod memory;
 mod probe;
 mod sync;
 
+#[cfg(feature = "sim")]
+pub use backend::fate::SimConfig;
 pub use backend::{BackendChoice, BackendKind, UnknownBackend};
 pub use engine::Engine;
 pub use engine::config::{EngineConfig, EngineReport};

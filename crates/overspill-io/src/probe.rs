@@ -11,6 +11,10 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use crate::backend::aio::Aio;
+#[cfg(feature = "sim")]
+use crate::backend::fate::SimConfig;
+#[cfg(feature = "sim")]
+use crate::backend::sim::Sim;
 use crate::backend::threads::Threads;
 use crate::backend::uring::Uring;
 use crate::backend::{Backend, BackendChoice, Transfer};
@@ -36,6 +40,8 @@ pub(crate) fn start(config: &EngineConfig, pool: &Pool) -> Result<(Box<dyn Backe
         BackendChoice::Uring => (asked(BackendKind::Uring)?, None),
         BackendChoice::Aio => (asked(BackendKind::Aio)?, None),
         BackendChoice::Threads => (asked(BackendKind::Threads)?, None),
+        #[cfg(feature = "sim")]
+        BackendChoice::Sim(sim) => (start_sim(sim, pool)?, None),
         BackendChoice::Auto => start_best(config, pool, &mut notes)?,
     };
     if let Locking::Unlocked { reason } = pool.report().locked {
@@ -99,8 +105,18 @@ fn start_one(
         BackendKind::Uring => Uring::start(queue_depth, pool, notes).map(boxed),
         BackendKind::Aio => Aio::start(queue_depth, threads).map(boxed),
         BackendKind::Threads => Threads::start(threads, queue_depth).map(boxed),
+        // It has faults to be asked for, which only `start_sim` knows.
+        #[cfg(feature = "sim")]
+        BackendKind::Sim => Err(Errno::INVAL),
     };
     proven(kind, started, pool)
+}
+
+/// Proves a simulation without faults, and starts the one that was asked for with its first transfer still to come.
+#[cfg(feature = "sim")]
+fn start_sim(config: SimConfig, pool: &Pool) -> Result<Box<dyn Backend>, Refusal> {
+    proven(BackendKind::Sim, Ok(Box::new(Sim::start(SimConfig::calm(config.seed)))), pool)?;
+    Ok(Box::new(Sim::start(config)))
 }
 
 fn proven(

@@ -7,6 +7,10 @@
 pub(crate) mod aio;
 pub(crate) mod crew;
 pub(crate) mod doorbell;
+#[cfg(feature = "sim")]
+pub(crate) mod fate;
+#[cfg(feature = "sim")]
+pub(crate) mod sim;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod threads;
@@ -38,6 +42,9 @@ pub enum BackendChoice {
     Aio,
     /// Threads with positioned reads and writes.
     Threads,
+    /// A simulated kernel with faults by seed.
+    #[cfg(feature = "sim")]
+    Sim(fate::SimConfig),
 }
 
 impl fmt::Display for BackendChoice {
@@ -47,6 +54,8 @@ impl fmt::Display for BackendChoice {
             BackendChoice::Uring => "io_uring",
             BackendChoice::Aio => "aio",
             BackendChoice::Threads => "threads",
+            #[cfg(feature = "sim")]
+            BackendChoice::Sim(_) => "sim",
         })
     }
 }
@@ -83,6 +92,9 @@ pub enum BackendKind {
     Aio,
     /// Threads with positioned reads and writes.
     Threads,
+    /// A simulated kernel.
+    #[cfg(feature = "sim")]
+    Sim,
 }
 
 impl fmt::Display for BackendKind {
@@ -91,6 +103,8 @@ impl fmt::Display for BackendKind {
             BackendKind::Uring => "io_uring",
             BackendKind::Aio => "aio",
             BackendKind::Threads => "threads",
+            #[cfg(feature = "sim")]
+            BackendKind::Sim => "sim",
         })
     }
 }

@@ -13,6 +13,8 @@ pub(crate) mod extent;
 mod gate;
 pub(crate) mod op;
 pub(crate) mod queue;
+#[cfg(test)]
+mod schedules;
 pub(crate) mod stats;
 pub(crate) mod table;
 pub(crate) mod ticket;

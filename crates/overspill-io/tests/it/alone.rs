@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use overspill_io::{BackendChoice, BackendKind, Engine, EngineConfig, Locking, Priority};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::rig::{BACKENDS, KIB, Rig, assert_pattern, eventually, finish};
+use crate::rig::{KIB, Rig, assert_pattern, backends, eventually, finish};
 
 /// Runs the ignored test `name` of this binary in a process of its own.
 pub(crate) fn alone(name: &str) {
@@ -23,8 +23,18 @@ pub(crate) fn alone(name: &str) {
 /// Runs the ignored test `name` of this binary in a process whose user is nobody outside of its own name space, where
 /// it may mount and where the superuser's exemptions from limits end.
 pub(crate) fn apart(name: &str) {
+    in_name_space(&["--user", "--map-root-user", "--mount", "--"], name);
+}
+
+/// Runs the ignored test `name` of this binary in a process that has the rights of its user and no more, even if that
+/// is the superuser.
+pub(crate) fn powerless(name: &str) {
+    // Only the superuser has more.
+    if rustix::process::geteuid().is_root() { in_name_space(&["--user", "--"], name) } else { alone(name) }
+}
+
+fn in_name_space(unshare: &[&str], name: &str) {
     let binary = std::env::current_exe().unwrap();
-    let unshare = ["--user", "--map-root-user", "--mount", "--"];
     let run = Command::new("unshare").args(unshare).arg(binary).args(["--ignored", "--exact", name]).output();
     match run {
         Ok(run) if String::from_utf8_lossy(&run.stdout).contains("running 1 test") => passed(&run),
@@ -41,7 +51,7 @@ fn not_tested(name: &str, because: &str) {
     eprintln!("not tested: {name}: {because}");
 }
 
-fn passed(run: &Output) {
+pub(crate) fn passed(run: &Output) {
     let said = String::from_utf8_lossy(&run.stdout);
     let complained = String::from_utf8_lossy(&run.stderr);
     assert!(run.status.success() && said.contains("1 passed"), "{said}\n{complained}");
@@ -69,7 +79,7 @@ fn without_locked_memory_the_work_goes_on_and_the_reason_is_told() {
     if rustix::process::geteuid().is_root() { apart(law) } else { alone(law) }
 }
 
-fn count(folder: &str) -> usize {
+pub(crate) fn count(folder: &str) -> usize {
     std::fs::read_dir(folder).unwrap().count()
 }
 
@@ -80,7 +90,7 @@ fn nothing_is_left_behind_here() {
     let threads = || count("/proc/self/task");
     let before = (open(), threads());
     for _ in 0..4 {
-        for backend in BACKENDS {
+        for backend in backends() {
             let rig = Rig::blocks(backend, 64 * KIB, 8);
             let with_engine = open();
             for file in 0..20_u64 {
@@ -115,7 +125,7 @@ fn processor_ns() -> u64 {
 #[test]
 #[ignore = "measures threads by name; run by an_idle_engine_uses_no_processor"]
 fn an_idle_engine_uses_no_processor_here() {
-    for backend in BACKENDS {
+    for backend in backends() {
         let rig = Rig::blocks(backend, 64 * KIB, 1);
         let file = rig.create("file");
         drop(rig.write(&file, 0, rig.patterned(64 * KIB, 1)).unwrap());
@@ -134,7 +144,7 @@ fn an_idle_engine_uses_no_processor_here() {
 }
 
 /// Lowers a limit of this process.
-fn limit(resource: Resource, current: u64) {
+pub(crate) fn limit(resource: Resource, current: u64) {
     let maximum = getrlimit(resource).maximum;
     setrlimit(resource, Rlimit { current: Some(current), maximum }).unwrap();
 }
@@ -170,7 +180,7 @@ fn auto_falls_back_to_threads_and_says_why_here() {
 fn without_locked_memory_the_work_goes_on_and_the_reason_is_told_here() {
     // Enough for the ring itself, which newer kernels count too.
     limit(Resource::Memlock, 256 * KIB as u64);
-    for backend in BACKENDS {
+    for backend in backends() {
         let rig = Rig::blocks(backend, 64 * KIB, 64);
         let Locking::Unlocked { reason } = rig.pool.report().locked else { panic!("4 MiB were locked") };
         let needed_kib = 4 * 1024 + 1024;

@@ -11,20 +11,6 @@ use overspill_io::{
 
 use crate::rig::{KIB, MIB, Rig, assert_pattern, eventually, fill, finish};
 
-macro_rules! laws {
-    ($($law:ident)*) => {
-        mod uring {
-            $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Uring); })*
-        }
-        mod aio {
-            $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Aio); })*
-        }
-        mod threads {
-            $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Threads); })*
-        }
-    };
-}
-
 laws! {
     what_was_written_is_read_back_at_every_length
     offsets_beyond_four_gib_are_kept

@@ -2,11 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test ends where its premises do")]
 
+#[macro_use]
+mod rig;
+
 mod aio;
 mod alone;
 mod conformance;
+mod faults;
 mod odd;
-mod rig;
 mod seccomp;
+mod sim;
 mod space;
 mod uring;

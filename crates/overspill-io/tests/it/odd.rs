@@ -7,20 +7,6 @@ use overspill_io::{BackendChoice, BlockClass, EngineConfig, Failed, IoError, Pri
 
 use crate::rig::{KIB, MIB, Rig, assert_pattern, fill, finish};
 
-macro_rules! laws {
-    ($($law:ident)*) => {
-        mod uring {
-            $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Uring); })*
-        }
-        mod aio {
-            $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Aio); })*
-        }
-        mod threads {
-            $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Threads); })*
-        }
-    };
-}
-
 laws! {
     any_offset_and_length_is_read_back_and_nothing_else_changes
     a_file_is_exactly_as_long_as_what_was_written

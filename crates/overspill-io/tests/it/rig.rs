@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use overspill_io::{
-    BackendChoice, Block, BlockClass, Engine, EngineConfig, Failed, File, Pool, Priority, Ticket,
+    BackendChoice, Block, BlockClass, Engine, EngineConfig, Failed, File, Pool, Priority, SimConfig, Ticket,
 };
 use tempfile::TempDir;
 
@@ -14,9 +14,31 @@ pub(crate) const MIB: usize = 1 << 20;
 /// Longer than anything here takes on a slow machine.
 pub(crate) const BOUND: Duration = Duration::from_secs(60);
 
-/// Every way to the kernel.
-pub(crate) const BACKENDS: [BackendChoice; 3] =
-    [BackendChoice::Uring, BackendChoice::Aio, BackendChoice::Threads];
+/// Every backend, the simulated one in a calm.
+pub(crate) fn backends() -> [BackendChoice; 4] {
+    let sim = BackendChoice::Sim(SimConfig::calm(1));
+    [BackendChoice::Uring, BackendChoice::Aio, BackendChoice::Threads, sim]
+}
+
+/// Makes each law a test of every backend.
+macro_rules! laws {
+    ($($law:ident)*) => {
+        mod uring {
+            $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Uring); })*
+        }
+        mod aio {
+            $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Aio); })*
+        }
+        mod threads {
+            $(#[test] fn $law() { super::$law(overspill_io::BackendChoice::Threads); })*
+        }
+        mod sim {
+            $(#[test] fn $law() {
+                super::$law(overspill_io::BackendChoice::Sim(overspill_io::SimConfig::calm(1)));
+            })*
+        }
+    };
+}
 
 /// An engine over a pool of its own, and a folder that takes direct I/O where the build does.
 pub(crate) struct Rig {

@@ -9,7 +9,7 @@ use std::process::Command;
 use overspill_io::{BlockClass, Direction, EngineConfig, Failed, IoError};
 
 use crate::alone::apart;
-use crate::rig::{BACKENDS, KIB, MIB, Rig, assert_pattern};
+use crate::rig::{KIB, MIB, Rig, assert_pattern, backends};
 
 #[test]
 fn a_full_disk_is_an_error_and_the_data_comes_home() {
@@ -26,7 +26,7 @@ fn mount(folder: &Path, options: &str) {
 #[test]
 #[ignore = "mounts; run in a name space of its own by a_full_disk_is_an_error_and_the_data_comes_home"]
 fn a_full_disk_is_an_error_and_the_data_comes_home_here() {
-    for backend in BACKENDS {
+    for backend in backends() {
         let config = EngineConfig { backend, chunk_bytes: 64 * KIB, ..EngineConfig::default() };
         let rig = Rig::with(config, &[BlockClass { name: "test", block_bytes: 2 * MIB, count: 1 }]);
         mount(rig.folder.path(), "size=1m");
