@@ -46,9 +46,10 @@ pub(crate) struct TrainArguments {
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
 
-    /// Existing directory on a fast disk, in which the run makes its own [default: the current directory]
-    #[arg(long, value_name = "DIR", conflicts_with = "in_memory")]
-    pub(crate) swap_dir: Option<PathBuf>,
+    /// Existing directory on a fast disk, in which the run makes its own; several, on as many disks, share the state by
+    /// their speed, with the first one as its home [default: the current directory]
+    #[arg(long, value_name = "DIR", value_delimiter = ',', conflicts_with = "in_memory")]
+    pub(crate) swap_dir: Vec<PathBuf>,
 
     /// Leave the swapped state on storage at the end
     #[arg(long, requires = "swap_dir")]

@@ -48,7 +48,7 @@ fn options(arguments: &TrainArguments, baseline_rss_bytes: u64) -> RunOptions {
     let residence = match a.in_memory {
         true => Residence::Memory,
         false => Residence::Storage(StorageChoice {
-            directory: a.swap_dir.clone(),
+            directories: a.swap_dir.clone(),
             keep: a.keep,
             backend: a.backend,
             depth: a.depth,
@@ -107,6 +107,10 @@ fn table(summary: &Summary) -> Table {
             .line("storage", format!("{:.2} GB/s read, {:.2} GB/s written", s.io_read_gbps, s.io_write_gbps));
         table.line("hidden behind computation", format!("{:.0} % of the I/O", 100.0 * s.io_hidden_fraction));
         table.line("backend", backend(s));
+        if s.volumes.len() > 1 {
+            let weights: Vec<String> = s.volumes.iter().map(|volume| volume.weight.to_string()).collect();
+            table.line("volumes", format!("{}, by weights {}", s.volumes.len(), weights.join(" : ")));
+        }
     }
     table.line(
         "step",

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::BackendKind;
+use crate::memory::BLOCK_ALIGNMENT;
 use crate::memory::block::Block;
 
 /// Which way bytes move.
@@ -92,19 +93,17 @@ pub enum IoError {
         /// How many of its bytes had moved.
         done: usize,
     },
-    /// Direct I/O needs offsets and lengths that are multiples of the file's alignment.
-    #[error("cannot {direction} {length} bytes at {offset} of {}: not a multiple of {alignment}", path.display())]
-    Misaligned {
+    /// A space is cut where blocks can be cut.
+    #[error(
+        "cannot {direction} {length} bytes at {offset} of a space of files: not a multiple of {BLOCK_ALIGNMENT}"
+    )]
+    SpaceOffset {
         /// Which way the bytes were to move.
         direction: Direction,
-        /// The file.
-        path: PathBuf,
-        /// Where the operation was to begin.
+        /// Where the operation was to begin, in the space.
         offset: u64,
         /// How long the operation was to be.
         length: usize,
-        /// What both must be multiples of.
-        alignment: usize,
     },
     /// The file system cannot hold the file.
     #[error("no space for {}: {needed} more bytes needed, {free} free", path.display())]
@@ -129,7 +128,7 @@ pub enum IoError {
     /// The engine cannot work with this value.
     #[error("{field} is {value}, but must be {requirement}")]
     Config {
-        /// The field of [`EngineConfig`](crate::EngineConfig).
+        /// The field, such as one of [`EngineConfig`](crate::EngineConfig).
         field: &'static str,
         /// Its value.
         value: usize,
@@ -149,6 +148,13 @@ pub enum IoError {
     /// The engine has been shut down; the operation was not begun, or not finished.
     #[error("the I/O engine has stopped")]
     EngineStopped,
+    /// Of several engines, the one that serves this file has been shut down; the operation was not begun, or not
+    /// finished.
+    #[error("the I/O engine of {} has stopped", path.display())]
+    LaneStopped {
+        /// The file.
+        path: PathBuf,
+    },
     /// Shutting down took longer than the engine's drain patience.
     #[error("operations were not over after {patience:?}; {leaked_blocks} blocks are given up")]
     DrainTimeout {
@@ -170,6 +176,16 @@ impl IoError {
             | IoError::Backend { errno, .. } => Some(*errno),
             IoError::NoSpace { .. } => Some(rustix::io::Errno::NOSPC.raw_os_error()),
             _ => None,
+        }
+    }
+
+    /// How many bytes had moved.
+    pub(crate) fn done(&self) -> usize {
+        match self {
+            IoError::Transfer { done, .. }
+            | IoError::EndOfFile { done, .. }
+            | IoError::WriteZero { done, .. } => *done,
+            _ => 0,
         }
     }
 }

@@ -53,6 +53,11 @@
 //! I/O goes through a bounce block of the engine's; such a write has its file to itself while it lasts, since it also
 //! reads and writes what is around it.
 //!
+//! # Several files as one
+//!
+//! A [`Space`] takes the same calls as an engine with a file, and deals its bytes to several [`Lane`]s, each a file
+//! with an engine of its own, in [`Stripes`]. What fails is what touches the lane that fails; a block comes back whole.
+//!
 //! # Who owns what
 //!
 //! The operation owns the block, the file and the reply. While a chunk is with the kernel, the backend owns its part
@@ -100,6 +105,7 @@ mod error;
 mod file;
 mod memory;
 mod probe;
+mod space;
 mod sync;
 
 #[cfg(feature = "sim")]
@@ -120,3 +126,4 @@ pub use memory::heap::trim_heap;
 pub use memory::locking::Locking;
 pub use memory::pool::{Pool, PoolError};
 pub use memory::shelves::BlockClass;
+pub use space::{Lane, Piece, Space, Stripes};

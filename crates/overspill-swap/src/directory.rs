@@ -1,4 +1,4 @@
-//! The store's directory: created, locked and owned by one running process, and removed by name.
+//! A directory of a store: created, locked and owned by one running process, and removed by name.
 //!
 //! The lock is an advisory file lock, which the kernel drops with the process, however it dies; so a directory whose
 //! lock is free belongs to nobody alive. A directory that is already there is never taken over and never deleted:
@@ -16,8 +16,8 @@ use rustix::io::Errno;
 
 use crate::error::StoreError;
 
-/// The extents.
-pub(crate) const DATA: &str = "data";
+/// The extents, or a part of them; further parts in the same directory are numbered.
+const DATA: &str = "data";
 /// What the extents mean.
 pub(crate) const MANIFEST: &str = "manifest";
 /// The next manifest, until it is complete.
@@ -32,12 +32,15 @@ pub(crate) struct Directory {
     /// Keeps the lock; the kernel lets go of it when this closes.
     _lock: File,
     kept: AtomicBool,
+    /// Number of files with extents.
+    data_files: usize,
 }
 
 impl Directory {
-    /// Creates the directory (mode 0700; its parent must exist) and locks it. It is made under another name and
-    /// appears under its own with its lock taken, so that nobody ever sees it without an owner.
-    pub(crate) fn create(path: &Path) -> Result<Self, StoreError> {
+    /// Creates the directory (mode 0700; its parent must exist), in which there will be as many data files, and locks
+    /// it. It is made under another name and appears under its own with its lock taken, so that nobody ever sees it
+    /// without an owner.
+    pub(crate) fn create(path: &Path, data_files: usize) -> Result<Self, StoreError> {
         Self::check_free(path)?;
         let failed = |source| StoreError::Directory { action: "create", path: path.to_owned(), source };
         let made = path.with_added_extension(format!("new-{}", std::process::id()));
@@ -47,7 +50,9 @@ impl Directory {
             Ok(lock)
         });
         match published {
-            Ok(lock) => Ok(Self { path: path.to_owned(), _lock: lock, kept: AtomicBool::new(false) }),
+            Ok(lock) => {
+                Ok(Self { path: path.to_owned(), _lock: lock, kept: AtomicBool::new(false), data_files })
+            }
             Err(e) => {
                 // Both are ours; if even this fails, the first error is the one that matters.
                 drop(std::fs::remove_file(made.join(LOCK)));
@@ -69,6 +74,11 @@ impl Directory {
         &self.path
     }
 
+    /// The data file of this number.
+    pub(crate) fn data(&self, number: usize) -> PathBuf {
+        self.path.join(data_name(number))
+    }
+
     /// Leaves the directory on storage when this value is dropped.
     pub(crate) fn keep(&self) {
         self.kept.store(true, Ordering::Relaxed);
@@ -87,11 +97,18 @@ impl Drop for Directory {
             return;
         }
         // The lock goes last: as long as anything else is left, the directory is recognizably ours.
-        for name in [MANIFEST_NEW, MANIFEST, DATA, LOCK] {
+        let data = (0..self.data_files).map(data_name);
+        let ours =
+            [MANIFEST_NEW, MANIFEST].map(str::to_owned).into_iter().chain(data).chain([LOCK.to_owned()]);
+        for name in ours {
             drop(std::fs::remove_file(self.path.join(name)));
         }
         drop(std::fs::remove_dir(&self.path));
     }
+}
+
+fn data_name(number: usize) -> String {
+    if number == 0 { DATA.to_owned() } else { format!("{DATA}.{number}") }
 }
 
 /// The directory that holds `path`.
@@ -140,14 +157,14 @@ mod tests {
     fn a_living_owner_is_named_and_a_dead_one_is_not_taken_over() {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("store");
-        let owner = Directory::create(&path).unwrap();
-        match Directory::create(&path) {
+        let owner = Directory::create(&path, 1).unwrap();
+        match Directory::create(&path, 1) {
             Err(StoreError::Locked { pid, .. }) => assert_eq!(pid, Some(std::process::id())),
             other => panic!("{other:?}"),
         }
         owner.keep();
         drop(owner);
-        assert!(matches!(Directory::create(&path), Err(StoreError::Leftover { .. })));
+        assert!(matches!(Directory::create(&path, 1), Err(StoreError::Leftover { .. })));
         assert!(path.join(LOCK).exists());
     }
 
@@ -155,21 +172,24 @@ mod tests {
     fn removal_takes_its_own_files_and_leaves_a_foreign_one() {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("store");
-        drop(Directory::create(&path).unwrap());
+        drop(Directory::create(&path, 1).unwrap());
         assert!(!path.exists());
 
-        let directory = Directory::create(&path).unwrap();
+        let directory = Directory::create(&path, 2).unwrap();
         std::fs::write(path.join(DATA), "x").unwrap();
+        std::fs::write(path.join("data.1"), "x").unwrap();
+        std::fs::write(path.join("data.2"), "of somebody else").unwrap();
         std::fs::write(path.join("thesis.txt"), "dear to somebody").unwrap();
         drop(directory);
         assert!(path.join("thesis.txt").exists());
-        assert!(!path.join(DATA).exists());
+        assert!(path.join("data.2").exists());
+        assert!(!path.join(DATA).exists() && !path.join("data.1").exists());
     }
 
     #[test]
     fn the_directory_and_the_lock_are_private() {
         let parent = tempfile::tempdir().unwrap();
-        let directory = Directory::create(&parent.path().join("store")).unwrap();
+        let directory = Directory::create(&parent.path().join("store"), 1).unwrap();
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(directory.path()), 0o700);
         assert_eq!(mode(&directory.path().join(LOCK)), 0o600);
@@ -179,7 +199,7 @@ mod tests {
     fn a_missing_parent_and_a_symbolic_link_are_typed_errors() {
         let parent = tempfile::tempdir().unwrap();
         let missing = parent.path().join("no/store");
-        match Directory::create(&missing) {
+        match Directory::create(&missing, 1) {
             Err(StoreError::Directory { path, source, .. }) => {
                 assert_eq!(path, missing);
                 assert_eq!(source.kind(), io::ErrorKind::NotFound);
@@ -188,6 +208,6 @@ mod tests {
         }
         let link = parent.path().join("link");
         std::os::unix::fs::symlink(parent.path().join("elsewhere"), &link).unwrap();
-        assert!(matches!(Directory::create(&link), Err(StoreError::Leftover { .. })));
+        assert!(matches!(Directory::create(&link, 1), Err(StoreError::Leftover { .. })));
     }
 }

@@ -83,9 +83,9 @@ pub enum StoreError {
     Corrupt {
         /// The tensor.
         tensor: String,
-        /// The data file.
+        /// The data file; of several that the tensor is spread over, the one that it begins in.
         path: PathBuf,
-        /// Offset of the tensor's extent, in bytes.
+        /// Where the tensor begins in that file, in bytes.
         offset: u64,
         /// Length of the tensor, in bytes.
         length: usize,

@@ -64,19 +64,25 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod bandwidth;
 pub mod buffers;
 mod directory;
 mod error;
 mod extent;
 mod manifest;
 pub mod pipeline;
+mod profile;
 mod store;
 pub mod swapper;
 mod tensor;
 pub mod tiles;
+mod volume;
 
+pub use bandwidth::{Bandwidth, measure};
 pub use error::StoreError;
 pub use extent::{EXTENT_ALIGNMENT, Extent, Extents, Full};
-pub use manifest::{Manifest, ManifestError, TensorRecord, VERSION as MANIFEST_VERSION};
+pub use manifest::{LaneRecord, Manifest, ManifestError, TensorRecord, VERSION as MANIFEST_VERSION};
+pub use profile::{Profile, ProfileError};
 pub use store::{Store, Usage};
 pub use tensor::{Dirty, LoadFailed, Loading, Refused, Resident, StoreFailed, Storing, Swapped, Vacant};
+pub use volume::{Volume, weights};

@@ -3,29 +3,50 @@
 //! One line of header, then JSON:
 //!
 //! ```text
-//! overspill manifest 1 0123456789abcdef
-//! {"tensors":[{"name":"weights/layer 0/0","offset":0,"length":1048576,"checksum":81985529216486895}]}
+//! overspill manifest 2 0123456789abcdef
+//! {"stripe_bytes":1048576,"lanes":[{"file":"data","weight":1}],
+//!  "tensors":[{"name":"weights/layer 0/0","offset":0,"length":1048576,"checksum":81985529216486895}]}
 //! ```
+//!
+//! (The body is on one line.) Offsets are those of one space of bytes that is dealt to the data files in stripes, in
+//! proportion to their weights and in their order; `overspill_io::Stripes` says which byte is where. With one data
+//! file, offsets are those of the file.
 //!
 //! The header names the format's version and the XXH3-64 checksum (16 hexadecimal digits) of everything after the
 //! header's newline. A reader refuses a version that it does not know before it looks at the body. Writing is a
 //! matter of [`crate::Store::commit`]: aside, synced, renamed.
 
+use overspill_io::Stripes;
 use serde::{Deserialize, Serialize};
 
 use crate::extent::{EXTENT_ALIGNMENT, Extent};
 
 /// The version this code writes, and the only one it reads.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const MAGIC: &str = "overspill manifest";
 
-/// All tensors of a store.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// All tensors of a store, and what their offsets mean.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
+    /// Length of a stripe, in bytes.
+    pub stripe_bytes: usize,
+    /// The data files, to which stripes are dealt in turn.
+    pub lanes: Vec<LaneRecord>,
     /// The tensors, in the order of their creation.
     pub tensors: Vec<TensorRecord>,
+}
+
+/// One data file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LaneRecord {
+    /// Its name, if it lies beside the manifest, or else its path. It is for people: bytes that are no UTF-8 are
+    /// replaced, and disks may be mounted elsewhere later.
+    pub file: String,
+    /// Its share of the stripes.
+    pub weight: u32,
 }
 
 /// Where one tensor is.
@@ -34,7 +55,7 @@ pub struct Manifest {
 pub struct TensorRecord {
     /// Unique within the store.
     pub name: String,
-    /// First byte in the data file.
+    /// First byte in the space of the data files.
     pub offset: u64,
     /// Length of the tensor, in bytes; its extent is this rounded up to the alignment.
     pub length: u64,
@@ -114,8 +135,10 @@ impl Manifest {
         format!("{MAGIC} {VERSION} {checksum:016x}")
     }
 
-    /// Names are unique, extents aligned and disjoint.
+    /// Stripes can be dealt, names are unique, extents aligned and disjoint.
     fn check(&self) -> Result<(), String> {
+        let weights: Vec<u32> = self.lanes.iter().map(|lane| lane.weight).collect();
+        Stripes::new(self.stripe_bytes, &weights).map_err(|error| error.to_string())?;
         let mut names: Vec<_> = self.tensors.iter().map(|t| t.name.as_str()).collect();
         names.sort_unstable();
         if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -162,6 +185,11 @@ mod tests {
         TensorRecord { name: name.to_owned(), offset, length, checksum: offset ^ length }
     }
 
+    fn manifest(tensors: Vec<TensorRecord>) -> Manifest {
+        let lane = |file: &str, weight| LaneRecord { file: file.to_owned(), weight };
+        Manifest { stripe_bytes: 1 << 20, lanes: vec![lane("data", 3), lane("/disk/data", 1)], tensors }
+    }
+
     fn sealed(body: &str) -> Vec<u8> {
         format!("{MAGIC} {VERSION} {:016x}\n{body}", checksum(body.as_bytes())).into_bytes()
     }
@@ -175,13 +203,13 @@ mod tests {
                 offset += length.next_multiple_of(EXTENT_ALIGNMENT);
                 record
             }).collect();
-            let manifest = Manifest { tensors };
+            let manifest = manifest(tensors);
             prop_assert_eq!(Manifest::decode(&manifest.encode()), Ok(manifest));
         }
 
         #[test]
         fn any_flipped_bit_is_refused(position in any::<prop::sample::Index>(), bit in 0u8..8) {
-            let manifest = Manifest { tensors: vec![record("a", 0, 10), record("b", EXTENT_ALIGNMENT, 5000)] };
+            let manifest = manifest(vec![record("a", 0, 10), record("b", EXTENT_ALIGNMENT, 5000)]);
             let mut file = manifest.encode();
             let at = position.index(file.len());
             file[at] ^= 1 << bit;
@@ -197,8 +225,23 @@ mod tests {
 
     #[test]
     fn a_newer_version_is_refused_before_its_body_is_read() {
-        let file = format!("{MAGIC} 2 whatever comes\nbinary?");
-        assert_eq!(Manifest::decode(file.as_bytes()), Err(ManifestError::UnknownVersion { found: 2 }));
+        let file = format!("{MAGIC} 3 whatever comes\nbinary?");
+        assert_eq!(Manifest::decode(file.as_bytes()), Err(ManifestError::UnknownVersion { found: 3 }));
+    }
+
+    #[test]
+    fn stripes_that_cannot_be_dealt_are_refused() {
+        let sound = manifest(Vec::new());
+        let lane = |weight| LaneRecord { file: "data".to_owned(), weight };
+        for wrong in [
+            Manifest { stripe_bytes: 1000, ..sound.clone() },
+            Manifest { lanes: Vec::new(), ..sound.clone() },
+            Manifest { lanes: vec![lane(0)], ..sound.clone() },
+            Manifest { lanes: vec![lane(u32::MAX), lane(1)], ..sound.clone() },
+        ] {
+            assert!(matches!(Manifest::decode(&wrong.encode()), Err(ManifestError::Malformed { .. })));
+        }
+        assert_eq!(Manifest::decode(&sound.encode()), Ok(sound));
     }
 
     #[test]
@@ -209,7 +252,7 @@ mod tests {
             vec![record("a", 1, 1)],
             vec![record("a", 0, u64::MAX)],
         ] {
-            let file = Manifest { tensors }.encode();
+            let file = manifest(tensors).encode();
             assert!(matches!(Manifest::decode(&file), Err(ManifestError::Malformed { .. })));
         }
         assert!(matches!(Manifest::decode(b"ELF"), Err(ManifestError::NotAManifest)));

@@ -1,11 +1,14 @@
-//! The store: one directory with a data file of extents and a manifest that says what they mean.
+//! The store: data files of extents, and a manifest that says what they mean.
 //!
 //! A store knows, for every tensor, its name, its extent, and whether the extent holds the bytes whose checksum it
 //! remembers. Tensors themselves are the values of [`crate::tensor`]; they ask the store for their extent when they
-//! move, and tell it what became of it. The whole data file is preallocated at creation, so a disk that is too full
+//! move, and tell it what became of it. All data files are preallocated at creation, so a disk that is too full
 //! is found before anything depends on it.
 //!
-//! [`Store::commit`] writes down the state that storage holds. A store that is dropped removes its directory, unless
+//! The extents lie in one space of bytes over all volumes. The first volume's directory is the store's home, with the
+//! manifest in it; the others hold data files only. A volume that fails fails the tensors that have bytes there.
+//!
+//! [`Store::commit`] writes down the state that storage holds. A store that is dropped removes its directories, unless
 //! [`Store::keep`] was called.
 
 use std::collections::HashSet;
@@ -15,14 +18,15 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use overspill_io::{Engine, File, IoError};
+use overspill_io::{Engine, EngineStats, IoError, Lane, Space, Stripes};
 use rustix::fs::{Mode, OFlags};
 
-use crate::directory::{self, DATA, Directory, MANIFEST, MANIFEST_NEW};
+use crate::directory::{self, Directory, MANIFEST, MANIFEST_NEW};
 use crate::error::StoreError;
 use crate::extent::{EXTENT_ALIGNMENT, Extent, Extents};
-use crate::manifest::{Manifest, TensorRecord};
+use crate::manifest::{LaneRecord, Manifest, TensorRecord};
 use crate::tensor::Vacant;
+use crate::volume::{self, Volume};
 
 /// Tensors on storage. A handle: clones share one store.
 #[derive(Clone, Debug)]
@@ -32,10 +36,11 @@ pub struct Store {
 
 #[derive(Debug)]
 struct Inner {
-    // Closed before the directory goes.
-    engine: Engine,
-    data: File,
-    directory: Directory,
+    // Closed before the directories go.
+    space: Space,
+    /// All volumes but the home.
+    others: Vec<Directory>,
+    home: Directory,
     table: Mutex<Table>,
 }
 
@@ -89,20 +94,43 @@ impl Store {
     /// the file system is too full, [`StoreError::Directory`] and [`StoreError::Io`] for anything else the system
     /// refuses. Nothing is left behind then.
     pub fn create(path: &Path, capacity_bytes: u64, engine: &Engine) -> Result<Self, StoreError> {
-        Self::check(path, capacity_bytes)?;
-        let directory = Directory::create(path)?;
+        let volume = Volume { directory: path.to_owned(), engines: vec![engine.clone()], weight: 1 };
+        Self::create_over(&[volume], capacity_bytes)
+    }
+
+    /// As [`Store::create`], with the data spread over several volumes in proportion to their weights. The first one
+    /// is the store's home.
+    ///
+    /// # Errors
+    /// As [`Store::create`], naming the volume; [`IoError::Config`] for no volumes, and for one without engines or
+    /// weight.
+    pub fn create_over(volumes: &[Volume], capacity_bytes: u64) -> Result<Self, StoreError> {
+        let weights = volume::lane_weights(volumes)?;
+        let shares: Vec<_> = volumes.iter().map(|volume| (&*volume.directory, volume.weight)).collect();
+        Self::check_over(&shares, capacity_bytes)?;
         let capacity = capacity_bytes.next_multiple_of(EXTENT_ALIGNMENT);
-        let data = engine.create(&path.join(DATA))?;
-        data.allocate(capacity)?;
-        directory.sync().map_err(|source| failed("flush", path, source))?;
+        let create = |volume: &Volume| Directory::create(&volume.directory, volume.engines.len());
+        let mut others = volumes.iter().map(create).collect::<Result<Vec<_>, _>>()?;
+        let mut lanes = Vec::with_capacity(weights.len());
+        let rings = volumes.iter().zip(&others).flat_map(|(volume, directory)| {
+            volume.engines.iter().enumerate().map(|(ring, engine)| (engine, directory.data(ring)))
+        });
+        for ((engine, path), weight) in rings.zip(weights) {
+            lanes.push(Lane { engine: engine.clone(), file: engine.create(&path)?, weight });
+        }
+        let space = Space::new(lanes, Stripes::BYTES_DEFAULT)?;
+        space.allocate(capacity)?;
+        for directory in &others {
+            directory.sync().map_err(|source| failed("flush", directory.path(), source))?;
+        }
+        let home = others.remove(0);
         let table = Table {
             extents: Extents::new(capacity),
             entries: Vec::new(),
             names: HashSet::new(),
             poisoned: false,
         };
-        let inner = Inner { engine: engine.clone(), data, directory, table: Mutex::new(table) };
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Self { inner: Arc::new(Inner { space, others, home, table: Mutex::new(table) }) })
     }
 
     /// Finds out, without making anything, what [`Store::create`] would refuse: a directory in the way, a parent that
@@ -111,16 +139,31 @@ impl Store {
     /// # Errors
     /// As [`Store::create`].
     pub fn check(path: &Path, capacity_bytes: u64) -> Result<(), StoreError> {
-        Directory::check_free(path)?;
-        let needed = capacity_bytes.next_multiple_of(EXTENT_ALIGNMENT);
-        let parent = directory::parent(path);
-        let stat =
-            rustix::fs::open(parent, OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty())
-                .and_then(rustix::fs::fstatvfs)
+        Self::check_over(&[(path, 1)], capacity_bytes)
+    }
+
+    /// As [`Store::check`], for the directories and weights of several volumes. Those on one file system are asked
+    /// for together.
+    ///
+    /// # Errors
+    /// As [`Store::create_over`].
+    pub fn check_over(volumes: &[(&Path, u32)], capacity_bytes: u64) -> Result<(), StoreError> {
+        let capacity = capacity_bytes.next_multiple_of(EXTENT_ALIGNMENT);
+        let stripes = volume::stripes(volumes.iter().map(|&(_, weight)| weight.into()))?;
+        let mut claims: Vec<(u64, u64)> = Vec::with_capacity(volumes.len());
+        for (index, &(path, _)) in volumes.iter().enumerate() {
+            Directory::check_free(path)?;
+            let parent = directory::parent(path);
+            let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY;
+            let (space, device) = rustix::fs::open(parent, flags, Mode::empty())
+                .and_then(|parent| Ok((rustix::fs::fstatvfs(&parent)?, rustix::fs::fstat(&parent)?.st_dev)))
                 .map_err(|errno| failed("create", path, errno.into()))?;
-        let available = stat.f_bavail.saturating_mul(stat.f_frsize);
-        if available < needed {
-            return Err(StoreError::NoSpace { path: parent.to_owned(), needed, available });
+            claims.push((device, stripes.lane_bytes(index, capacity)));
+            let needed = claims.iter().filter(|claim| claim.0 == device).map(|claim| claim.1).sum();
+            let available = space.f_bavail.saturating_mul(space.f_frsize);
+            if available < needed {
+                return Err(StoreError::NoSpace { path: parent.to_owned(), needed, available });
+            }
         }
         Ok(())
     }
@@ -162,26 +205,36 @@ impl Store {
         if table.poisoned {
             return Err(StoreError::Poisoned { path: self.data_path() });
         }
-        let manifest = table.manifest()?;
-        let flushed = self.inner.data.sync().map_err(StoreError::from);
+        let manifest = Manifest {
+            stripe_bytes: Stripes::BYTES_DEFAULT,
+            lanes: self.lane_records(),
+            tensors: table.tensors()?,
+        };
+        let flushed = self.inner.space.sync().map_err(StoreError::from);
         let committed = flushed.and_then(|()| self.write_manifest(&manifest.encode()));
         table.poisoned = committed.is_err();
         committed
     }
 
-    /// Leaves the directory on storage when the store is dropped.
+    /// Leaves the directories on storage when the store is dropped.
     pub fn keep(&self) {
-        self.inner.directory.keep();
+        let Inner { home, others, .. } = &*self.inner;
+        others.iter().chain([home]).for_each(Directory::keep);
     }
 
-    /// The store's directory.
+    /// The store's home.
     pub fn path(&self) -> &Path {
-        self.inner.directory.path()
+        self.inner.home.path()
     }
 
-    /// What a user may want to know about the data file: why it is not written directly, say.
-    pub fn note(&self) -> Option<&str> {
-        self.inner.data.note()
+    /// What a user may want to know about the data files: why one is not written directly, say.
+    pub fn note(&self) -> Option<String> {
+        self.inner.space.note()
+    }
+
+    /// What was moved so far; see [`Space::stats`].
+    pub fn stats(&self) -> EngineStats {
+        self.inner.space.stats()
     }
 
     /// How much is in use.
@@ -203,7 +256,7 @@ impl Store {
             file.write_all(bytes)?;
             file.sync_all()?;
             std::fs::rename(&aside, self.path().join(MANIFEST))?;
-            self.inner.directory.sync()
+            self.inner.home.sync()
         };
         write().map_err(|source| failed("write", &aside, source))
     }
@@ -213,19 +266,33 @@ impl Store {
         self.inner.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The home's first data file.
     fn data_path(&self) -> PathBuf {
-        self.path().join(DATA)
+        self.inner.home.data(0)
+    }
+
+    fn lane_records(&self) -> Vec<LaneRecord> {
+        let record = |lane: &Lane| {
+            let path = lane.file.path();
+            let file = path.strip_prefix(self.path()).unwrap_or(path).to_string_lossy().into_owned();
+            LaneRecord { file, weight: lane.weight }
+        };
+        self.inner.space.lanes().iter().map(record).collect()
+    }
+
+    /// The data file that an extent begins in, and where in it.
+    fn begin(&self, extent: Extent) -> (PathBuf, u64) {
+        let space = &self.inner.space;
+        let mut pieces = space.stripes().pieces(extent.offset, EXTENT_ALIGNMENT as usize);
+        let piece = pieces.next().expect("an extent has a first byte");
+        (space.lanes()[piece.lane].file.path().to_owned(), piece.offset)
     }
 }
 
 /// What the tensor states need.
 impl Store {
-    pub(crate) fn engine(&self) -> &Engine {
-        &self.inner.engine
-    }
-
-    pub(crate) fn data(&self) -> &File {
-        &self.inner.data
+    pub(crate) fn space(&self) -> &Space {
+        &self.inner.space
     }
 
     pub(crate) fn name(&self, key: Key) -> String {
@@ -259,14 +326,11 @@ impl Store {
         let entry = &table.entries[key.0];
         match entry.contents {
             Contents::Stored { checksum } if checksum == found => Ok(()),
-            Contents::Stored { checksum: expected } => Err(StoreError::Corrupt {
-                tensor: entry.name.clone(),
-                path: self.data_path(),
-                offset: entry.extent.offset,
-                length: entry.bytes,
-                expected,
-                found,
-            }),
+            Contents::Stored { checksum: expected } => {
+                let (tensor, length) = (entry.name.clone(), entry.bytes);
+                let (path, offset) = self.begin(entry.extent);
+                Err(StoreError::Corrupt { tensor, path, offset, length, expected, found })
+            }
             Contents::Nothing | Contents::Unknown => {
                 Err(StoreError::Unfinished { tensor: entry.name.clone() })
             }
@@ -279,7 +343,7 @@ impl Store {
 }
 
 impl Table {
-    fn manifest(&self) -> Result<Manifest, StoreError> {
+    fn tensors(&self) -> Result<Vec<TensorRecord>, StoreError> {
         let mut tensors = Vec::with_capacity(self.entries.len());
         for entry in &self.entries {
             match entry.contents {
@@ -293,7 +357,7 @@ impl Table {
                 }),
             }
         }
-        Ok(Manifest { tensors })
+        Ok(tensors)
     }
 }
 

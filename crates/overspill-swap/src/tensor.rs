@@ -161,7 +161,7 @@ impl Swapped {
             return Err(Refused { error, tensor: self, block });
         }
         let Id { store, key } = &self.0;
-        let ticket = store.engine().read(store.data(), store.extent(*key).offset, block, Priority::Urgent);
+        let ticket = store.space().read(store.extent(*key).offset, block, Priority::Urgent);
         Ok(Loading { id: self.0, ticket })
     }
 
@@ -254,8 +254,7 @@ impl Dirty {
         let Self { id, block } = self;
         let checksum = checksum(&block);
         let extent = id.store.begin_write(id.key);
-        let ticket =
-            id.store.engine().write_behind(id.store.data(), extent.offset, block, Priority::Background);
+        let ticket = id.store.space().write_behind(extent.offset, block, Priority::Background);
         Storing { id, ticket, checksum }
     }
 }

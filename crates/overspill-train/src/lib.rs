@@ -44,6 +44,7 @@ pub mod run;
 pub mod schedule;
 mod size;
 pub mod trainer;
+mod volumes;
 
 pub use error::{TrainError, check_stop};
 pub use init::Initializer;

@@ -50,8 +50,9 @@ pub enum Residence {
 /// How the state lives on storage.
 #[derive(Clone, Debug)]
 pub struct StorageChoice {
-    /// Existing directory in which the run makes its own; the current directory, with a name of its own, if `None`.
-    pub directory: Option<PathBuf>,
+    /// Existing directories, in each of which the run makes its own, to share the state; the first one is the home.
+    /// The current directory, with a name of its own, if empty.
+    pub directories: Vec<PathBuf>,
     /// Whether the state stays there at the end.
     pub keep: bool,
     /// How bytes are moved.

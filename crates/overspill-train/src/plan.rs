@@ -134,7 +134,8 @@ impl MemoryPlan {
     /// Finds the plan with the deepest pipeline, then the longest tiles, that fits the budget; tiles become shorter than
     /// the disk likes only when no shallower pipeline helps.
     ///
-    /// `depth` fixes the depth; `held_bytes` is what is in memory already: the training text and its tokenizer.
+    /// `depth` fixes the depth; `held_bytes` is what is in memory beside: the training text, its tokenizer, and what
+    /// more engines than one take.
     ///
     /// # Errors
     /// [`TooSmall`] when nothing fits.

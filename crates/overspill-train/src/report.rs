@@ -1,5 +1,6 @@
 //! What a run was: the numbers behind the table and the JSON at its end.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -59,6 +60,43 @@ pub struct Summary {
     pub depth: usize,
     /// Bytes of one tile of one array.
     pub tile_bytes: usize,
+    /// The directories that the state was spread over; empty when it was in memory.
+    pub volumes: Vec<VolumeSummary>,
+}
+
+/// One directory that the state was spread over.
+#[derive(Clone, Debug, Serialize)]
+pub struct VolumeSummary {
+    /// The directory, as it was given.
+    pub directory: String,
+    /// Its share of the state, in proportion to those of the others.
+    pub weight: u32,
+    /// Which backend moved its bytes.
+    pub backend: String,
+    /// Why not a better one; `null` when there is none.
+    pub degraded_reason: Option<String>,
+    /// Engines side by side.
+    pub rings: usize,
+    /// Bytes of a chunk of each.
+    pub chunk_bytes: usize,
+    /// Chunks that each has with the kernel at a time.
+    pub queue_depth: usize,
+    /// Speed of reads by which the weight was found, from a profile or measured; `null` when nobody asked.
+    pub read_gbps: Option<f64>,
+    /// Speed of writes, likewise.
+    pub write_gbps: Option<f64>,
+}
+
+impl fmt::Display for VolumeSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { directory, weight, backend, rings, .. } = self;
+        write!(f, "volume {directory}: weight {weight}")?;
+        if let (Some(read), Some(write)) = (self.read_gbps, self.write_gbps) {
+            write!(f, ", {read:.1} GB/s read, {write:.1} GB/s written")?;
+        }
+        write!(f, ", by {backend}")?;
+        if *rings > 1 { write!(f, " on {rings} rings") } else { Ok(()) }
+    }
 }
 
 /// Collects what the steps report.

@@ -1,15 +1,14 @@
 //! A whole run: from what the user wants to the summary of what happened.
 //!
 //! Everything that can be refused is refused before anything is made: model, output folder, text, memory plan, swap
-//! directory and disk space, in this order. Then come the pool, the engine, the output folder with all the room it
-//! will need, and the store in a directory that the run makes and removes.
+//! directories and disk space, in this order. Then come the pool, the engines, the output folder with all the room it
+//! will need, and the store in directories that the run makes and removes.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
-use overspill_io::{Engine, EngineConfig, Pool};
+use overspill_io::Pool;
 use overspill_optim::Isa;
-use overspill_swap::Store;
 
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::ModelConfig;
@@ -20,8 +19,9 @@ use crate::init::Initializer;
 use crate::layout::{ModelLayout, UnitLayout};
 use crate::options::{ModelChoice, Residence, RunOptions, StorageChoice};
 use crate::plan::MemoryPlan;
-use crate::report::{self, Ledger, Measured, Summary};
+use crate::report::{self, Ledger, Measured, Summary, VolumeSummary};
 use crate::trainer::{Settings, StepReport, Trainer};
+use crate::volumes::{Opened, Volumes};
 
 /// Hears how a run gets on.
 pub trait Observer {
@@ -56,12 +56,6 @@ pub struct RunFacts<'a> {
     pub degraded_reason: Option<&'a str>,
 }
 
-/// The name of a run's own directory inside `--swap-dir`.
-const STORE_NAME: &str = "overspill-store";
-
-/// How many leftovers of dead runs a fresh name steps around.
-const NAMES_MAX: u32 = 1000;
-
 /// Trains a model.
 ///
 /// # Errors
@@ -71,10 +65,13 @@ pub fn run(
     stop: &AtomicBool,
     observer: &mut dyn Observer,
 ) -> Result<Summary, TrainError> {
-    let prepared = Prepared::new(options, stop)?;
     match &options.residence {
-        Residence::Memory => prepared.in_memory(options, stop, observer),
-        Residence::Storage(storage) => prepared.on_storage(options, storage, stop, observer),
+        Residence::Memory => Prepared::new(options, None, stop)?.in_memory(options, stop, observer),
+        Residence::Storage(storage) => {
+            let volumes = Volumes::find(storage)?;
+            let prepared = Prepared::new(options, Some(&volumes), stop)?;
+            prepared.on_storage(options, storage, &volumes, stop, observer)
+        }
     }
 }
 
@@ -83,6 +80,28 @@ struct Transport {
     name: String,
     degraded: Option<String>,
     notes: Vec<String>,
+    volumes: Vec<VolumeSummary>,
+}
+
+impl Transport {
+    fn in_memory() -> Self {
+        Self { name: "memory".to_owned(), degraded: None, notes: Vec::new(), volumes: Vec::new() }
+    }
+
+    /// Of several volumes, each backend is named once, and the first reason with its volume.
+    fn over(volumes: Vec<VolumeSummary>, notes: Vec<String>) -> Self {
+        let mut names: Vec<&str> = volumes.iter().map(|volume| volume.backend.as_str()).collect();
+        names.sort_unstable();
+        names.dedup();
+        let name = names.join(" and ");
+        let reason = |volume: &VolumeSummary| {
+            let reason = volume.degraded_reason.clone()?;
+            let VolumeSummary { directory, .. } = volume;
+            Some(if volumes.len() > 1 { format!("volume {directory}: {reason}") } else { reason })
+        };
+        let degraded = volumes.iter().find_map(reason);
+        Self { name, degraded, notes, volumes }
+    }
 }
 
 /// Everything that was checked before anything was made.
@@ -96,7 +115,8 @@ struct Prepared {
 }
 
 impl Prepared {
-    fn new(options: &RunOptions, stop: &AtomicBool) -> Result<Self, TrainError> {
+    /// Checks everything; `volumes` are where the state will live, if that is on storage.
+    fn new(options: &RunOptions, volumes: Option<&Volumes>, stop: &AtomicBool) -> Result<Self, TrainError> {
         let shape = options.shape.checked()?;
         let (config, tokenizer, checkpoint) = match &options.model {
             ModelChoice::Fresh(fresh) => (fresh.config(shape)?, Tokenizer::Bytes, None),
@@ -113,22 +133,24 @@ impl Prepared {
             Residence::Memory => (Some(0), usize::MAX),
             Residence::Storage(storage) => (storage.depth, options.memory),
         };
-        let plan = |held| MemoryPlan::new(&config, &layout, shape, depth, held, budget);
+        let engines_bytes = volumes.map_or(0, Volumes::memory_bytes);
+        let plan = |held| MemoryPlan::new(&config, &layout, shape, depth, engines_bytes + held, budget);
         // The tokenizer is in memory already, and nobody but the system knows how large it is.
         let tokenizer_bytes = match &tokenizer {
             Tokenizer::Bytes => 0,
             Tokenizer::Json(_) => held_since(options.baseline_rss_bytes),
         };
         plan(tokenizer_bytes)?;
-        let least = MemoryPlan::least_bytes(&config, &layout, shape, depth, tokenizer_bytes);
+        let held_bytes = engines_bytes + tokenizer_bytes;
+        let least = MemoryPlan::least_bytes(&config, &layout, shape, depth, held_bytes);
         let corpus = match options.data.as_slice() {
             [] => Corpus::embedded(&tokenizer)?,
             files => Corpus::read(files, &tokenizer, budget - least, stop)?,
         };
         let batches = Batches::new(corpus, config.vocab, shape.batch, options.seed)?;
         let plan = plan(tokenizer_bytes + batches.corpus().memory_bytes())?;
-        if let Residence::Storage(storage) = &options.residence {
-            Store::check(&store_directory(storage), plan.storage_bytes(&layout))?;
+        if let Some(volumes) = volumes {
+            volumes.check(plan.storage_bytes(&layout))?;
         }
         Ok(Self { config, layout, checkpoint, tokenizer, batches, plan })
     }
@@ -139,7 +161,7 @@ impl Prepared {
         stop: &AtomicBool,
         observer: &mut dyn Observer,
     ) -> Result<Summary, TrainError> {
-        let transport = Transport { name: "memory".to_owned(), degraded: None, notes: Vec::new() };
+        let transport = Transport::in_memory();
         let out = self.out(options)?;
         self.announce(options, &transport, observer);
         let home = MemoryHome::new(&self.layout, &mut self.source(options, stop, observer))?;
@@ -150,30 +172,24 @@ impl Prepared {
         self,
         options: &RunOptions,
         storage: &StorageChoice,
+        volumes: &Volumes,
         stop: &AtomicBool,
         observer: &mut dyn Observer,
     ) -> Result<Summary, TrainError> {
         let pool = Pool::new(&self.plan.classes())?;
-        let config = EngineConfig { backend: storage.backend, ..EngineConfig::default() };
-        let engine = Engine::start(config, &pool)?;
-        let engine_report = engine.report();
-        let transport = Transport {
-            name: engine_report.backend.to_string(),
-            degraded: engine_report.degraded,
-            notes: engine_report.notes,
-        };
+        let Opened { volumes, summaries, notes } = volumes.open(storage, &pool)?;
+        let transport = Transport::over(summaries, notes);
         let out = self.out(options)?;
         self.announce(options, &transport, observer);
         let home = SwappedHome::create(
             &self.layout,
             &self.plan,
-            &store_directory(storage),
+            &volumes,
             &pool,
-            &engine,
             &mut self.source(options, stop, observer),
         )?;
         if let Some(note) = home.note() {
-            observer.noted(note);
+            observer.noted(&note);
         }
         let keep = |home: &mut SwappedHome| match storage.keep {
             true => Ok(home.keep()?),
@@ -291,6 +307,7 @@ impl Prepared {
             degraded_reason: transport.degraded.clone(),
             depth: self.plan.depth(),
             tile_bytes: self.plan.tile_bytes(),
+            volumes: transport.volumes.clone(),
             ..Summary::default()
         };
         let measured = Measured {
@@ -313,15 +330,4 @@ fn budget(options: &RunOptions) -> Option<u64> {
 fn held_since(baseline_rss_bytes: u64) -> usize {
     let resident = report::memory_of_process("VmRSS").unwrap_or(0);
     (resident.saturating_sub(baseline_rss_bytes) as usize).next_multiple_of(1 << 20)
-}
-
-/// The directory that the store will make. Inside `--swap-dir` it has one name, so that two runs on it meet and the
-/// second is refused; in the current directory each run has a name of its own.
-fn store_directory(storage: &StorageChoice) -> PathBuf {
-    if let Some(parent) = &storage.directory {
-        return parent.join(STORE_NAME);
-    }
-    let process = std::process::id();
-    let mut names = (0..NAMES_MAX).map(|n| PathBuf::from(format!("{STORE_NAME}-{process}-{n}")));
-    names.find(|path| !path.exists()).unwrap_or_else(|| PathBuf::from(STORE_NAME))
 }

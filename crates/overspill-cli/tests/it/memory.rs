@@ -6,10 +6,15 @@ use crate::command::{Place, read_json};
 
 /// Trains with a budget and returns the numbers.
 fn run(place: &Place, layers: &str, memory: &str, steps: &str) -> Value {
-    let ended = place.run(&[
+    run_with(place, layers, memory, steps, &[])
+}
+
+fn run_with(place: &Place, layers: &str, memory: &str, steps: &str, more: &[&str]) -> Value {
+    let arguments = [
         "train", "--layers", layers, "--hidden", "256", "--heads", "4", "--ffn", "768", "--batch", "2",
         "--seq", "64", "--steps", steps, "--memory", memory, "--json", "n.json", "--quiet",
-    ]);
+    ];
+    let ended = place.run(&[&arguments, more].concat());
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
     read_json(&place.path("n.json"))
 }
@@ -40,4 +45,25 @@ fn peak_memory_does_not_grow_with_the_number_of_steps() {
         number("peak_rss_bytes") <= number("memory_budget_bytes") + number("baseline_rss_bytes"),
         "{numbers}"
     );
+}
+
+#[test]
+fn more_engines_are_planned_for() {
+    let place = Place::new();
+    let profile = r#"{"version": 1, "chunk_bytes": 1048576, "queue_depth": 1024, "rings": 3,
+        "read_gbps": 1, "write_gbps": 1}"#;
+    for disk in ["one", "two"] {
+        std::fs::create_dir(place.path(disk)).unwrap();
+        place.file(&format!("{disk}/overspill-tune.json"), profile);
+    }
+    let planned = |numbers: &Value| numbers["memory_planned_bytes"].as_u64().unwrap();
+    for backend in ["io_uring", "threads"] {
+        let one = run(&place, "4", "64MiB", "3");
+        let more = ["--swap-dir", "one,two", "--backend", backend];
+        let six = run_with(&place, "4", "64MiB", "3", &more);
+        assert!(planned(&six) > planned(&one) + (2 << 20), "{six}");
+        let number = |name: &str| six[name].as_u64().unwrap();
+        let allowed = number("memory_budget_bytes") + number("baseline_rss_bytes");
+        assert!(number("peak_rss_bytes") <= allowed, "{backend}: {six}");
+    }
 }

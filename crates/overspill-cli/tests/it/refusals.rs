@@ -53,6 +53,30 @@ fn a_swap_directory_that_cannot_be_written_is_refused() {
 }
 
 #[test]
+fn a_second_swap_directory_that_cannot_be_used_is_named_and_the_first_is_left_as_it_was() {
+    let place = Place::new();
+    let sealed = place.path("sealed");
+    fs::create_dir(&sealed).unwrap();
+    fs::set_permissions(&sealed, fs::Permissions::from_mode(0o500)).unwrap();
+    let writable = fs::create_dir(sealed.join("probe")).is_ok();
+    let unwritable = if writable { "/proc/self" } else { "sealed" };
+    place.file("file", "");
+    fs::create_dir(place.path("swap")).unwrap();
+    let profile = r#"{"version": 1, "chunk_bytes": 4096, "queue_depth": 1, "rings": 1,
+        "read_gbps": 1, "write_gbps": 1}"#;
+    place.file("swap/overspill-tune.json", profile);
+    for second in [unwritable, "nowhere", "file"] {
+        refused(&place, &["--swap-dir", &format!("swap,{second}")], &[second]);
+        let left: Vec<_> =
+            fs::read_dir(place.path("swap")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["overspill-tune.json"], "{second}");
+    }
+    refused(&place, &["--swap-dir", "swap,swap/."], &["--swap-dir swap/. is given twice"]);
+    place.file("swap/overspill-tune.json", "{");
+    refused(&place, &["--swap-dir", "swap"], &["swap/overspill-tune.json", "not a profile"]);
+}
+
+#[test]
 fn a_directory_that_another_run_has_locked_is_refused() {
     let place = Place::new();
     fs::create_dir(place.path("swap")).unwrap();

@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::command::{Ended, Place, SMALL};
 
 /// The names that other programs rely on.
-const NAMES: [&str; 19] = [
+const NAMES: [&str; 20] = [
     "parameters",
     "state_bytes",
     "memory_budget_bytes",
@@ -27,6 +27,7 @@ const NAMES: [&str; 19] = [
     "losses",
     "backend",
     "degraded_reason",
+    "volumes",
 ];
 
 #[test]
@@ -161,6 +162,109 @@ fn the_state_stays_on_storage_when_it_is_kept() {
     }
     place.train(&["--swap-dir", "swap"]).refused(&["overspill-store already exists", "remove it"]);
     assert!(place.path("swap/overspill-store/data").exists(), "nothing was taken over");
+}
+
+/// A folder with two that stand for disks.
+fn two_disks() -> Place {
+    let place = Place::new();
+    for name in ["one", "two"] {
+        fs::create_dir(place.path(name)).unwrap();
+    }
+    place
+}
+
+fn names_in(place: &Place, folder: &str) -> Vec<String> {
+    let entries = fs::read_dir(place.path(folder)).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// What `overspill tune` writes.
+fn profile(rings: usize, gbps: f64) -> String {
+    format!(
+        r#"{{"version": 1, "chunk_bytes": 65536, "queue_depth": 8, "rings": {rings},
+            "read_gbps": {gbps}, "write_gbps": {gbps}}}"#
+    )
+}
+
+#[test]
+fn two_directories_give_the_same_losses_as_one_and_are_left_as_they_were() {
+    let place = two_disks();
+    let reference = place.trained(&["--swap-dir", "one", "--seed", "5"]);
+    assert_eq!(reference["volumes"].as_array().unwrap().len(), 1);
+    assert!(names_in(&place, "one").is_empty(), "one directory is not measured");
+    for (second, first_weight, second_weight) in [(profile(1, 3.0), 1, 3), (profile(2, 0.5), 2, 1)] {
+        place.file("one/overspill-tune.json", profile(1, 1.0));
+        place.file("two/overspill-tune.json", second);
+        for directories in [&["--swap-dir", "one,two"][..], &["--swap-dir", "one", "--swap-dir", "two"]] {
+            let numbers = place.trained(&[directories, &["--seed", "5"]].concat());
+            assert_eq!(numbers["losses"], reference["losses"], "{directories:?}");
+            assert_eq!(numbers["bytes_written"], reference["bytes_written"]);
+            let volumes = numbers["volumes"].as_array().unwrap();
+            let shares: Vec<_> =
+                volumes.iter().map(|volume| (&volume["directory"], &volume["weight"])).collect();
+            let expected =
+                [(&Value::from("one"), &first_weight.into()), (&"two".into(), &second_weight.into())];
+            assert_eq!(shares, expected);
+            assert_eq!(volumes[0]["read_gbps"], 1.0);
+            assert_eq!(volumes[1]["queue_depth"], 8);
+        }
+        for disk in ["one", "two"] {
+            assert_eq!(names_in(&place, disk), ["overspill-tune.json"]);
+        }
+    }
+}
+
+#[test]
+fn a_directory_that_nobody_knows_is_measured_once_and_remembered() {
+    let place = two_disks();
+    let weights = |numbers: &Value| -> Vec<Value> {
+        numbers["volumes"].as_array().unwrap().iter().map(|volume| volume["weight"].clone()).collect()
+    };
+    let first = place.trained(&["--swap-dir", "one,two"]);
+    for disk in ["one", "two"] {
+        assert_eq!(names_in(&place, disk), ["overspill-tune.json"]);
+    }
+    let ended = place.train(&["--swap-dir", "one,two", "--json", "n.json"]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    assert!(ended.stderr.contains("note: volume two: weight "), "{}", ended.stderr);
+    assert!(ended.stdout.contains("by weights "), "{}", ended.stdout);
+    let second = crate::command::read_json(&place.path("n.json"));
+    assert_eq!(weights(&second), weights(&first), "the same figures, the same shares");
+}
+
+#[test]
+fn volumes_that_are_kept_stay_where_they_are() {
+    let place = two_disks();
+    let ended = place.train(&["--swap-dir", "one,two", "--keep"]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    for name in ["one/overspill-store/manifest", "one/overspill-store/data", "two/overspill-store/data"] {
+        assert!(place.path(name).exists(), "{name}");
+    }
+    place.train(&["--swap-dir", "two"]).refused(&["two/overspill-store already exists"]);
+}
+
+#[test]
+fn an_interrupted_run_over_two_directories_cleans_both() {
+    let place = two_disks();
+    for disk in ["one", "two"] {
+        place.file(&format!("{disk}/overspill-tune.json"), profile(2, 1.0));
+    }
+    let endless =
+        [&["train"], &SMALL[..SMALL.len() - 2], &["--steps", "1000000", "--swap-dir", "one,two"]].concat();
+    let mut child = place.command(&endless).spawn().unwrap();
+    let began = std::time::Instant::now();
+    while !place.path("two/overspill-store/data.1").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended before it began");
+        assert!(began.elapsed().as_secs() < 300, "no store in time");
+        std::thread::yield_now();
+    }
+    let pid = child.id().to_string();
+    assert!(std::process::Command::new("kill").args(["-s", "INT", &pid]).status().unwrap().success());
+    let ended = Ended::of(&child.wait_with_output().unwrap());
+    assert_eq!(ended.status, Some(130), "{}", ended.stderr);
+    for disk in ["one", "two"] {
+        assert_eq!(names_in(&place, disk), ["overspill-tune.json"]);
+    }
 }
 
 #[test]

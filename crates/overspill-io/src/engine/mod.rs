@@ -12,6 +12,7 @@ mod driver;
 pub(crate) mod extent;
 mod gate;
 pub(crate) mod op;
+pub(crate) mod parts;
 pub(crate) mod queue;
 #[cfg(test)]
 mod schedules;
@@ -185,11 +186,11 @@ impl Engine {
         self.inner.shutdown()
     }
 
-    fn promise<T>(&self) -> (Promise<T>, Ticket<T>) {
+    pub(crate) fn promise<T>(&self) -> (Promise<T>, Ticket<T>) {
         Promise::new(Arc::clone(&self.inner.stats))
     }
 
-    fn submit(&self, request: Request<'_>, reply: Reply) {
+    pub(crate) fn submit(&self, request: Request<'_>, reply: Reply) {
         let Some(op) = Op::new(request, reply) else { return };
         let inner = &self.inner;
         let intake = inner.intake.read().unwrap_or_else(PoisonError::into_inner);

@@ -13,6 +13,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::cell::Cell;
+use super::parts::Part;
 use super::stats::Stats;
 use crate::error::{Failed, IoError};
 use crate::memory::block::Block;
@@ -66,6 +67,8 @@ pub(crate) enum Reply {
     Block(Promise<Block>),
     /// The caller wants to know; the block goes home if all went well.
     Done(Promise<()>),
+    /// The caller waits for several operations as for one.
+    Part(Part),
 }
 
 impl Reply {
@@ -75,6 +78,7 @@ impl Reply {
             Reply::Block(promise) => promise.keep(answer),
             // The block is home before the waiter wakes.
             Reply::Done(promise) => promise.keep(answer.map(drop)),
+            Reply::Part(part) => part.send(answer),
         }
     }
 }

@@ -13,4 +13,5 @@ mod odd;
 mod seccomp;
 mod sim;
 mod space;
+mod space_lanes;
 mod uring;

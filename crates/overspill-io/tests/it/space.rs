@@ -17,7 +17,7 @@ fn a_full_disk_is_an_error_and_the_data_comes_home() {
 }
 
 /// Mounts a file system in memory over `folder`.
-fn mount(folder: &Path, options: &str) {
+pub(crate) fn mount(folder: &Path, options: &str) {
     let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(folder).output();
     let mounted = mounted.unwrap();
     assert!(mounted.status.success(), "{}", String::from_utf8_lossy(&mounted.stderr));

@@ -8,3 +8,4 @@ mod rig;
 mod store;
 mod swapper;
 mod tiles;
+mod volumes;

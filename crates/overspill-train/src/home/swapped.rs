@@ -10,14 +10,13 @@
 
 use std::collections::VecDeque;
 use std::mem;
-use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
-use overspill_io::{Block, Engine, EngineStats, Pool, PoolError};
+use overspill_io::{Block, EngineStats, Pool, PoolError};
 use overspill_swap::pipeline::{self, Item, Lanes};
 use overspill_swap::tiles::{self, LoadingTiles, StoringTiles};
-use overspill_swap::{Store, StoreError, Swapped, Vacant};
+use overspill_swap::{Store, StoreError, Swapped, Vacant, Volume};
 
 use super::buffer::{Buffer, floats, floats_mut};
 use super::{GradientStart, Home, SavedInput, Source, Update, Visit};
@@ -37,7 +36,6 @@ pub struct SwappedHome {
     /// What is being fetched ahead: the first of `upcoming`, in the same order.
     ahead: VecDeque<(Visit, LoadingTiles)>,
     pool: Pool,
-    engine: Engine,
     store: Store,
 }
 
@@ -112,19 +110,18 @@ impl Place {
 }
 
 impl SwappedHome {
-    /// Creates the store in `directory` and writes the initial state: weights from `source`, moments zero.
+    /// Creates the store over `volumes` and writes the initial state: weights from `source`, moments zero.
     ///
     /// # Errors
     /// [`TrainError`] when the store can't be created, a transfer fails, or `source` does; nothing is left behind.
     pub fn create(
         layout: &ModelLayout,
         plan: &MemoryPlan,
-        directory: &Path,
+        volumes: &[Volume],
         pool: &Pool,
-        engine: &Engine,
         source: &mut Source<'_>,
     ) -> Result<Self, TrainError> {
-        let store = Store::create(directory, plan.storage_bytes(layout), engine)?;
+        let store = Store::create_over(volumes, plan.storage_bytes(layout))?;
         let mut units = Vec::with_capacity(layout.units().len());
         for unit in layout.units() {
             let place = |what: &str, bytes, tile_bytes| {
@@ -162,13 +159,12 @@ impl SwappedHome {
             upcoming: VecDeque::new(),
             ahead: VecDeque::new(),
             pool: pool.clone(),
-            engine: engine.clone(),
             store,
         })
     }
 
-    /// What a user may want to know about the data file.
-    pub fn note(&self) -> Option<&str> {
+    /// What a user may want to know about the data files.
+    pub fn note(&self) -> Option<String> {
         self.store.note()
     }
 
@@ -361,7 +357,7 @@ impl Home for SwappedHome {
 
     fn io(&self) -> Option<IoReport> {
         let EngineStats { bytes_read, bytes_written, busy, read_busy, write_busy, waited, .. } =
-            self.engine.stats();
+            self.store.stats();
         let waited = waited + self.pool.waited();
         Some(IoReport { bytes_read, bytes_written, busy, read_busy, write_busy, waited })
     }

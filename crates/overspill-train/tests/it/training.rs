@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use overspill_io::{BackendChoice, Engine, EngineConfig, Pool};
 use overspill_optim::{AdamWConfig, Isa};
-use overspill_swap::StoreError;
+use overspill_swap::{StoreError, Volume};
 use overspill_train::config::ModelConfig;
 use overspill_train::data::{Batches, Corpus, Tokenizer};
 use overspill_train::home::{Home, MemoryHome, SwappedHome};
@@ -119,14 +119,27 @@ struct Storage {
 
 impl Storage {
     fn new(case: &Case, depth: usize, backend: BackendChoice) -> Self {
+        Self::over(case, depth, &[(1, &[backend])])
+    }
+
+    /// Over volumes with these weights, and an engine for each of the backends.
+    fn over(case: &Case, depth: usize, volumes: &[(u32, &[BackendChoice])]) -> Self {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let plan = case.plan(depth);
         let pool = Pool::new(&plan.classes()).unwrap();
-        let engine = Engine::start(EngineConfig { backend, ..EngineConfig::default() }, &pool).unwrap();
+        let engine = |backend: &BackendChoice| {
+            let config = EngineConfig { backend: *backend, ..EngineConfig::default() };
+            Engine::start(config, &pool).unwrap()
+        };
+        let volume = |(name, &(weight, backends)): (&str, &(u32, &[BackendChoice]))| Volume {
+            directory: folder.path().join(name),
+            engines: backends.iter().map(engine).collect(),
+            weight,
+        };
+        let volumes: Vec<_> = ["store", "second", "third"].into_iter().zip(volumes).map(volume).collect();
         let first = Initializer::new(&case.config, &case.layout, case.seed);
-        let store = folder.path().join("store");
         let fill = &mut drawn(&first);
-        let home = SwappedHome::create(&case.layout, &plan, &store, &pool, &engine, fill).unwrap();
+        let home = SwappedHome::create(&case.layout, &plan, &volumes, &pool, fill).unwrap();
         Self { trainer: case.trainer(home), pool, folder }
     }
 }
@@ -159,6 +172,23 @@ fn a_tied_model_trains_to_the_same_bits_on_storage_and_in_memory() {
 #[test]
 fn an_untied_model_with_accumulation_trains_to_the_same_bits_on_storage_and_in_memory() {
     swapped_equals_in_memory(Case::untied);
+}
+
+#[test]
+fn volumes_and_engines_of_any_number_train_to_the_same_bits() {
+    use BackendChoice::{Threads, Uring};
+    let case = Case::untied(1);
+    let reference = case.in_memory();
+    for volumes in [
+        &[(1, &[Uring][..]), (1, &[Threads])][..],
+        &[(3, &[Uring, Uring])],
+        &[(2, &[Uring, Threads]), (1, &[Uring])],
+    ] {
+        let storage = Storage::over(&case, 2, volumes);
+        assert!(Trained::by(storage.trainer) == reference, "{volumes:?}");
+        assert_eq!(storage.pool.leased_blocks(), 0);
+        assert_eq!(std::fs::read_dir(storage.folder.path()).unwrap().count(), 0);
+    }
 }
 
 /// The same tokens for every step: as one batch, or cut into micro-batches.
