@@ -6,6 +6,8 @@ use clap::{Args, Parser, Subcommand};
 use overspill_io::BackendChoice;
 use overspill_train::ByteSize;
 
+use crate::bench::cells::Cell;
+
 /// Trains neural networks that are bigger than memory: what does not fit spills to NVMe, and comes back in time.
 #[derive(Debug, Parser)]
 #[command(name = "overspill", version, max_term_width = 100)]
@@ -22,6 +24,8 @@ pub(crate) enum Command {
     /// Measure this machine, beside the best that is known
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Find how to get the most out of a directory's disk, in under a minute, and leave a profile there for `train`
+    Tune(TuneArguments),
 }
 
 #[derive(Debug, Subcommand)]
@@ -30,6 +34,9 @@ pub(crate) enum BenchCommand {
     Io(BenchIoArguments),
     /// Speed of the AdamW update, beside a STREAM triad
     Adam(BenchAdamArguments),
+    /// One side of a comparison that another program leads
+    #[command(hide = true)]
+    Turns(BenchTurnsArguments),
 }
 
 #[derive(Debug, Args)]
@@ -164,9 +171,13 @@ pub(crate) struct BenchIoArguments {
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub(crate) dir: PathBuf,
 
-    /// Size of the file
+    /// Size of the file, or of all sixteen together
     #[arg(long, value_name = "SIZE", default_value = "1GiB")]
     pub(crate) size: ByteSize,
+
+    /// What to measure [default: everything]
+    #[arg(long, value_name = "NAME", value_enum, value_delimiter = ',')]
+    pub(crate) cells: Vec<Cell>,
 
     /// How many times each side is measured, in turns
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = positive)]
@@ -190,6 +201,44 @@ pub(crate) struct BenchAdamArguments {
     /// How many times each side is measured, in turns
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = positive)]
     pub(crate) pairs: usize,
+
+    /// Write the numbers to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchTurnsArguments {
+    /// Existing directory for the files
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub(crate) dir: PathBuf,
+
+    /// Size of all files together
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    pub(crate) size: ByteSize,
+
+    /// Number of files
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub(crate) files: usize,
+
+    /// How bytes are moved: auto, io_uring or threads
+    #[arg(long, value_name = "NAME", default_value = "auto", env = "OVERSPILL_BACKEND")]
+    pub(crate) backend: BackendChoice,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TuneArguments {
+    /// Existing directory on the disk to tune for; its profile counts for all directories in it, too
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub(crate) dir: PathBuf,
+
+    /// About how long it may take
+    #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) seconds: u64,
+
+    /// How bytes are moved: auto, io_uring or threads
+    #[arg(long, value_name = "NAME", default_value = "auto", env = "OVERSPILL_BACKEND")]
+    pub(crate) backend: BackendChoice,
 
     /// Write the numbers to this file
     #[arg(long, value_name = "FILE")]

@@ -8,11 +8,13 @@
 mod args;
 mod bench;
 mod interrupt;
+mod motion;
 mod output;
 mod progress;
 mod table;
 mod threads;
 mod train;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -32,6 +34,8 @@ fn main() -> ExitCode {
         Command::Train(arguments) => train::run(&arguments, baseline_rss_bytes),
         Command::Bench(BenchCommand::Io(arguments)) => bench::io::run(&arguments),
         Command::Bench(BenchCommand::Adam(arguments)) => bench::adam::run(&arguments),
+        Command::Bench(BenchCommand::Turns(arguments)) => bench::turns::run(&arguments),
+        Command::Tune(arguments) => tune::run(&arguments),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

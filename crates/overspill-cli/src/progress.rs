@@ -130,6 +130,31 @@ impl Observer for Progress {
     }
 }
 
+/// A bar for work that is so many steps of one kind, on a terminal only.
+#[derive(Debug)]
+pub(crate) struct Steps(ProgressBar);
+
+impl Steps {
+    pub(crate) fn new(steps: usize, terminal: bool) -> Self {
+        let bar = if terminal { ProgressBar::new(steps as u64) } else { ProgressBar::hidden() };
+        Self(bar.with_style(style("[{bar:30}] {pos}/{len}  {msg}")))
+    }
+
+    /// Says what is being done.
+    pub(crate) fn say(&self, what: &str) {
+        self.0.set_message(what.to_owned());
+    }
+
+    pub(crate) fn advance(&self) {
+        self.0.inc(1);
+    }
+
+    /// Takes the bar off the screen.
+    pub(crate) fn finish(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
 fn style(template: &str) -> ProgressStyle {
     let style = ProgressStyle::with_template(template);
     style.expect("the templates in this file are well-formed").progress_chars("=> ")

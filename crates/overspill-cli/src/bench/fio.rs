@@ -1,12 +1,13 @@
 //! fio as the measure of what a disk can do, given the same conditions: direct, io_uring, huge pages, registered
 //! buffers and files.
 
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
 use serde::Deserialize;
 
+use super::cells::Traffic;
+use crate::motion::files::FileSet;
 use crate::output;
 
 /// Where the kernel keeps the number of reserved huge pages.
@@ -43,10 +44,11 @@ impl Drop for RestorePages {
 }
 
 /// What a run of fio moves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Workload {
-    Read,
-    Write,
+pub(crate) struct Job<'a> {
+    pub(crate) files: &'a FileSet,
+    pub(crate) traffic: Traffic,
+    /// How many times every block is moved.
+    pub(crate) rounds: usize,
 }
 
 impl Fio {
@@ -69,22 +71,34 @@ impl Fio {
         matches!(self.memory, Memory::Huge { .. })
     }
 
-    /// Moves the whole file once and returns the rate in 10⁹ bytes per second.
-    pub(crate) fn gbps(&self, file: &Path, bytes: u64, workload: Workload) -> anyhow::Result<f64> {
+    /// Moves every block of the files and returns the rate in 10⁹ bytes per second. Random orders have every block
+    /// once, as ours do, and mixed traffic draws the direction for each block. Files are taken one after the other,
+    /// or at random where the blocks are; by turns is neither faster nor slower.
+    pub(crate) fn gbps(&self, job: &Job<'_>) -> anyhow::Result<f64> {
         let memory = if self.has_huge_pages() { "mmaphuge" } else { "malloc" };
-        let (mode, name) = match workload {
-            Workload::Read => ("read", "overspill-read"),
-            Workload::Write => ("write", "overspill-write"),
+        let (mode, turns) = match job.traffic {
+            Traffic::Read => ("read", "sequential"),
+            Traffic::Write => ("write", "sequential"),
+            Traffic::Mixed => ("randrw", "random"),
+            Traffic::RandomRead => ("randread", "random"),
+            Traffic::RandomWrite => ("randwrite", "random"),
         };
+        let shape = job.files.shape();
         let output = Command::new("fio")
-            .args(["--output-format=json", "--ioengine=io_uring", "--direct=1", "--bs=1M", "--iodepth=32"])
-            .args(["--fixedbufs=1", "--registerfiles=1", "--scramble_buffers=0"])
+            // The names have no character that fio reads as something else; the directory's may.
+            .current_dir(job.files.directory())
+            .args(["--output-format=json", "--ioengine=io_uring", "--direct=1", "--iodepth=32"])
+            .args(["--fixedbufs=1", "--registerfiles=1", "--scramble_buffers=0", "--rwmixread=50"])
             .args(["--thread=1", "--fallocate=none", "--overwrite=1", "--allow_file_create=0"])
-            .arg(format!("--name={name}"))
+            .arg(format!("--name=overspill-{mode}"))
             .arg(format!("--rw={mode}"))
+            .arg(format!("--bs={}", shape.block_bytes))
             .arg(format!("--iomem={memory}"))
-            .arg(format!("--size={bytes}"))
-            .arg(format!("--filename={}", file.display()))
+            .arg(format!("--size={}", shape.bytes()))
+            .arg(format!("--nrfiles={}", shape.files))
+            .arg(format!("--filename_format={}.$filenum", job.files.stem()))
+            .arg(format!("--file_service_type={turns}"))
+            .arg(format!("--loops={}", job.rounds))
             .stdin(Stdio::null())
             .output()
             .context("cannot run fio")?;
@@ -92,7 +106,7 @@ impl Fio {
             let said = String::from_utf8_lossy(&output.stderr);
             bail!("fio failed ({}): {}", output.status, said.lines().next().unwrap_or("no message"));
         }
-        parse(&output.stdout, workload)
+        parse(&output.stdout, shape.bytes() * job.rounds as u64)
     }
 }
 
@@ -120,11 +134,11 @@ fn free_pages() -> u64 {
 /// The parts of fio's JSON that matter.
 #[derive(Deserialize)]
 struct Output {
-    jobs: Vec<Job>,
+    jobs: Vec<Outcome>,
 }
 
 #[derive(Deserialize)]
-struct Job {
+struct Outcome {
     error: i32,
     read: Direction,
     write: Direction,
@@ -132,10 +146,13 @@ struct Job {
 
 #[derive(Deserialize)]
 struct Direction {
-    bw_bytes: u64,
+    io_bytes: u64,
+    /// Milliseconds.
+    runtime: u64,
 }
 
-fn parse(json: &[u8], workload: Workload) -> anyhow::Result<f64> {
+/// The rate of a run that was to move `bytes` bytes.
+fn parse(json: &[u8], bytes: u64) -> anyhow::Result<f64> {
     // fio may write warnings before its JSON.
     let start = json.iter().position(|&byte| byte == b'{').context("fio wrote no JSON")?;
     let output: Output = serde_json::from_slice(&json[start..]).context("fio wrote JSON of another kind")?;
@@ -143,14 +160,12 @@ fn parse(json: &[u8], workload: Workload) -> anyhow::Result<f64> {
     if job.error != 0 {
         bail!("fio reported error {}", job.error);
     }
-    let direction = match workload {
-        Workload::Read => &job.read,
-        Workload::Write => &job.write,
-    };
-    if direction.bw_bytes == 0 {
-        bail!("fio moved nothing");
+    let moved = job.read.io_bytes + job.write.io_bytes;
+    if moved != bytes {
+        bail!("fio moved {moved} bytes instead of {bytes}");
     }
-    Ok(direction.bw_bytes as f64 / 1e9)
+    let milliseconds = job.read.runtime.max(job.write.runtime).max(1);
+    Ok(moved as f64 / milliseconds as f64 / 1e6)
 }
 
 #[cfg(test)]
@@ -158,20 +173,20 @@ mod tests {
     use super::*;
 
     const OUTPUT: &str = r#"fio: a warning
-        {"fio version": "fio-3.33", "jobs": [{"jobname": "overspill-read", "error": 0,
-         "read": {"io_bytes": 1073741824, "bw_bytes": 3500000000, "bw": 3417968, "iops": 3337.8},
-         "write": {"io_bytes": 0, "bw_bytes": 0, "bw": 0, "iops": 0.0}}]}"#;
+        {"fio version": "fio-3.33", "jobs": [{"jobname": "overspill-mixed", "error": 0,
+         "read": {"io_bytes": 600000000, "bw_bytes": 1500000000, "runtime": 400, "iops": 3337.8},
+         "write": {"io_bytes": 400000000, "bw_bytes": 1333333333, "runtime": 300, "iops": 0.0}}]}"#;
 
     #[test]
-    fn the_rate_is_that_of_the_direction_asked_for() {
-        assert_eq!(parse(OUTPUT.as_bytes(), Workload::Read).unwrap(), 3.5);
-        assert!(parse(OUTPUT.as_bytes(), Workload::Write).is_err(), "nothing was written");
+    fn the_rate_is_that_of_both_directions_together() {
+        assert_eq!(parse(OUTPUT.as_bytes(), 1_000_000_000).unwrap(), 2.5);
     }
 
     #[test]
-    fn an_error_of_fio_is_not_a_result() {
+    fn an_error_of_fio_is_not_a_result_and_half_the_work_neither() {
         let failed = OUTPUT.replace("\"error\": 0", "\"error\": 28");
-        assert!(parse(failed.as_bytes(), Workload::Read).unwrap_err().to_string().contains("28"));
-        assert!(parse(b"fio: no such file", Workload::Read).is_err());
+        assert!(parse(failed.as_bytes(), 1_000_000_000).unwrap_err().to_string().contains("28"));
+        assert!(parse(b"fio: no such file", 1_000_000_000).is_err());
+        assert!(parse(OUTPUT.as_bytes(), 2_000_000_000).unwrap_err().to_string().contains("instead"));
     }
 }

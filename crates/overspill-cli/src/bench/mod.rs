@@ -4,6 +4,8 @@
 //! medians and the median of the ratios of neighbors. A bench checks its own results and refuses a degraded engine.
 
 pub(crate) mod adam;
+pub(crate) mod cells;
 mod fio;
 pub(crate) mod io;
-mod pairs;
+pub(crate) mod pairs;
+pub(crate) mod turns;

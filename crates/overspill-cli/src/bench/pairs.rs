@@ -8,7 +8,8 @@ pub(crate) struct Pairs {
 }
 
 impl Pairs {
-    /// Measures both sides `count` times, changing who goes first.
+    /// Measures both sides `count` times, changing who goes first; ours comes last, so that what it leaves behind can
+    /// be looked at.
     pub(crate) fn measure<S, E>(
         count: usize,
         state: &mut S,
@@ -17,7 +18,7 @@ impl Pairs {
     ) -> Result<Self, E> {
         let mut pairs = Self::default();
         for round in 0..count {
-            if round % 2 == 0 {
+            if (count - round).is_multiple_of(2) {
                 pairs.ours.push(ours(state)?);
                 pairs.theirs.push(theirs(state)?);
             } else {
@@ -66,7 +67,7 @@ mod tests {
     #[test]
     fn the_sides_take_turns_and_the_ratio_is_that_of_neighbors() {
         let mut order = String::new();
-        let mut speed = [10.0, 2.0, 30.0].into_iter();
+        let mut speed = [10.0, 2.0, 4.0].into_iter();
         let mut state = (&mut order, &mut speed, 0.0);
         let pairs = Pairs::measure::<_, ()>(
             3,
@@ -82,10 +83,10 @@ mod tests {
             },
         )
         .unwrap();
-        assert_eq!(order, "ottoot");
-        assert_eq!(pairs.theirs(), 10.0);
+        assert_eq!(order, "tootto");
+        assert_eq!(pairs.theirs(), 4.0);
         assert_eq!(pairs.count(), 3);
         assert_eq!(median(vec![1.0, 4.0]), 2.5);
-        assert!((pairs.ratio() - 0.1).abs() < 1e-12, "{pairs:?}");
+        assert!((pairs.ratio() - 1.25).abs() < 1e-12, "{pairs:?}");
     }
 }

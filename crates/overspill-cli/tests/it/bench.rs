@@ -1,6 +1,30 @@
 //! The benches say what they measured, on files of a size that a test can afford.
 
-use crate::command::{Place, read_json};
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::command::{Ended, Place, read_json};
+
+/// Every cell, by the name it is chosen by and the name it is reported by.
+const CELLS: [(&str, &str); 11] = [
+    ("read", "read"),
+    ("overwrite", "overwrite"),
+    ("mixed", "mixed"),
+    ("first-write", "first write"),
+    ("read-16-files", "read, 16 files"),
+    ("overwrite-16-files", "overwrite, 16 files"),
+    ("mixed-16-files", "mixed, 16 files"),
+    ("read-small-files", "read, 256 KiB files"),
+    ("overwrite-small-files", "overwrite, 256 KiB files"),
+    ("read-tiles", "read, random 256 KiB tiles"),
+    ("overwrite-tiles", "overwrite, random 256 KiB tiles"),
+];
+
+fn names(numbers: &Value) -> Vec<&str> {
+    numbers["cells"].as_array().unwrap().iter().map(|cell| cell["name"].as_str().unwrap()).collect()
+}
 
 #[test]
 fn bench_adam_compares_the_update_with_a_triad() {
@@ -16,7 +40,7 @@ fn bench_adam_compares_the_update_with_a_triad() {
 }
 
 #[test]
-fn bench_io_measures_the_engine_with_or_without_fio_and_leaves_nothing_behind() {
+fn bench_io_measures_every_cell_with_or_without_fio_and_leaves_nothing_behind() {
     let place = Place::new();
     for path in [None, Some("")] {
         let mut command =
@@ -24,14 +48,18 @@ fn bench_io_measures_the_engine_with_or_without_fio_and_leaves_nothing_behind() 
         if let Some(path) = path {
             command.env("PATH", path);
         }
-        let ended = crate::command::Ended::of(&command.output().unwrap());
+        let ended = Ended::of(&command.output().unwrap());
         assert_eq!(ended.status, Some(0), "{}", ended.stderr);
         let numbers = read_json(&place.path("n.json"));
-        let names: Vec<_> = numbers["cells"].as_array().unwrap().iter().map(|cell| &cell["name"]).collect();
-        assert_eq!(names, ["read", "overwrite"]);
+        assert_eq!(names(&numbers), CELLS.map(|(_, name)| name));
         for cell in numbers["cells"].as_array().unwrap() {
             assert!(cell["ours_gbps"].as_f64().unwrap() > 0.0, "{cell}");
             assert_eq!(cell["fio_gbps"].is_null(), numbers["fio_version"].is_null(), "{cell}");
+            assert_eq!(cell["ratio_to_fio"].is_null(), numbers["fio_version"].is_null(), "{cell}");
+            for name in ["driver_user_cpu_percent_per_gbps", "driver_system_cpu_percent_per_gbps"] {
+                assert!(cell[name].as_f64().unwrap() >= 0.0, "{cell}");
+            }
+            assert_eq!(cell["pairs"], 2);
         }
         if path.is_some() {
             assert!(numbers["fio_version"].is_null());
@@ -42,7 +70,61 @@ fn bench_io_measures_the_engine_with_or_without_fio_and_leaves_nothing_behind() 
 }
 
 #[test]
-fn bench_io_refuses_a_folder_that_is_none() {
+fn bench_io_measures_the_chosen_cells_in_their_order_also_on_files_of_one_block() {
+    let place = Place::new();
+    let chosen = CELLS.map(|(choice, _)| choice).into_iter().rev().collect::<Vec<_>>().join(",");
+    let arguments = ["bench", "io", "--size", "1MiB", "--pairs", "1", "--cells", &chosen, "--json", "n.json"];
+    let ended = place.run(&arguments);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    let numbers = read_json(&place.path("n.json"));
+    assert_eq!(names(&numbers), CELLS.map(|(_, name)| name).into_iter().rev().collect::<Vec<_>>());
+    assert_eq!(place.names(), ["n.json"]);
+}
+
+#[test]
+fn an_interrupted_bench_leaves_nothing_behind() {
+    let place = Place::new();
+    for cell in ["mixed", "first-write", "read-small-files"] {
+        let mut command =
+            place.command(&["bench", "io", "--size", "128MiB", "--pairs", "100000", "--cells", cell]);
+        let child = place.until_there_is("overspill-bench-", &mut command);
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args(["-s", "INT", &pid]).status().unwrap().success());
+        let ended = Ended::of(&child.wait_with_output().unwrap());
+        assert_eq!(ended.status, Some(130), "{}", ended.stderr);
+        assert_eq!(ended.stderr.matches("overspill: ").count(), 1, "{}", ended.stderr);
+        assert!(place.names().is_empty(), "{:?}", place.names());
+    }
+}
+
+#[test]
+fn bench_io_refuses_what_it_cannot_measure() {
     let place = Place::new();
     place.run(&["bench", "io", "--dir", "nowhere"]).refused(&["nowhere"]);
+    place.run(&["bench", "io", "--size", "1000KiB"]).refused(&["--size", "less than one block"]);
+    let ended = place.run(&["bench", "io", "--cells", "read,wrong"]);
+    assert_eq!(ended.status, Some(2), "{}", ended.stderr);
+    assert!(ended.stderr.contains("wrong") && ended.stderr.contains("read-16-files"), "{}", ended.stderr);
+}
+
+#[test]
+fn bench_turns_answers_line_by_line_and_finds_what_another_program_changed() {
+    let place = Place::new();
+    let mut command = place.command(&["bench", "turns", "--size", "4MiB", "--files", "2"]);
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    let (mut requests, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let mut answers =
+        BufReader::new(answers).lines().map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+    let paths = answers.next().unwrap()["paths"].as_array().unwrap().clone();
+    assert_eq!(paths.len(), 2);
+    for request in ["read", "write", "read", "check"] {
+        writeln!(requests, "{request}").unwrap();
+        assert_eq!(answers.next().unwrap()["gbps"].is_null(), request == "check");
+    }
+    let changed = place.path(paths[1].as_str().unwrap());
+    std::fs::write(&changed, vec![7; 2 << 20]).unwrap();
+    writeln!(requests, "read").unwrap();
+    assert!(answers.next().is_none());
+    Ended::of(&child.wait_with_output().unwrap()).refused(&[".1 is not what was written"]);
+    assert!(place.names().is_empty(), "{:?}", place.names());
 }

@@ -7,3 +7,4 @@ mod documents;
 mod memory;
 mod refusals;
 mod train;
+mod tune;
