@@ -4,7 +4,7 @@
 them through its handle from one thread of a process of its own, always from its own pinned tensors, once as they are and
 once with huge pages under them, as overspill's memory has: glibc is asked for those (`glibc.malloc.hugetlb`), which
 DeepSpeed's users would have to know. Its settings are the best of a small grid, found on the single file before
-anything is compared. What DeepSpeed has read is compared with the file, and so is the file with
+anything is compared, and so are ours. What DeepSpeed has read is compared with the file, and so is the file with
 what DeepSpeed has written. The figures are medians, the ratios those of neighbors.
 """
 
@@ -43,12 +43,15 @@ def deepspeed_handle():
 class Overspill:
     """A running `overspill bench turns`; the files are removed when it ends."""
 
-    def __init__(self, program, directory, size, files):
-        arguments = [program, "bench", "turns", "--dir", directory, "--size", str(size), "--files", str(files)]
+    def __init__(self, arguments, files, settings=(MIB, 32)):
+        block, depth = settings
+        size = arguments.mib * MIB
+        arguments = [arguments.overspill, "bench", "turns", "--dir", arguments.dir, "--size", str(size)]
+        arguments += ["--files", str(files), "--block", str(block), "--depth", str(depth)]
         self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         ready = self.answer()
         self.backend = ready["backend"]
-        self.paths = [os.path.join(directory, os.path.basename(path)) for path in ready["paths"]]
+        self.paths = ready["paths"]
 
     def __enter__(self):
         return self
@@ -151,6 +154,17 @@ def best_settings(overspill, memory):
     return best
 
 
+def our_best_settings(arguments):
+    """The same for our side: block size and depth."""
+
+    def rate(settings, action):
+        with Overspill(arguments, 1, settings) as overspill:
+            return max(overspill.ask(action) for _ in range(3))
+
+    grid = [(MIB, 32), (MIB, 64), (4 * MIB, 8), (8 * MIB, 4), (8 * MIB, 8)]
+    return {action: max(grid, key=lambda settings: rate(settings, action)) for action in ACTIONS}
+
+
 def compare(overspill, memory, settings, action, pairs):
     """Both sides in turns; ours begins every second time."""
     parts = split(memory, overspill.paths)
@@ -186,21 +200,23 @@ def compare(overspill, memory, settings, action, pairs):
 def measure(name, arguments):
     """All cells with one kind of memory for DeepSpeed; in a process of its own."""
     size = arguments.mib * MIB
-    memory, settings, cells = Pinned(size), None, []
+    memory, cells = Pinned(size), []
     huge_bytes = huge_page_bytes()
     if "huge" in name and huge_bytes < size // 2:
         say(f"only {huge_bytes // MIB} MiB are on huge pages, whatever the row says")
+    say(f"finding the best settings of both sides, DeepSpeed on {name} memory")
+    with Overspill(arguments, 1) as overspill:
+        settings = best_settings(overspill, memory)
+    ours = our_best_settings(arguments)
     for layout, files in LAYOUTS.items():
-        with Overspill(arguments.overspill, arguments.dir, size, files) as overspill:
-            if settings is None:
-                say(f"finding DeepSpeed's best settings on {name} memory")
-                settings = best_settings(overspill, memory)
-            for action in ACTIONS:
-                say(f"{NAMES[action]}, {layout}, {name} memory")
+        for action in ACTIONS:
+            say(f"{NAMES[action]}, {layout}, {name} memory")
+            with Overspill(arguments, files, ours[action]) as overspill:
                 found = compare(overspill, memory, settings[action], action, arguments.pairs)
-                cell = {"name": f"{NAMES[action]}, {layout}", "memory": name, "huge_page_bytes": huge_bytes}
-                cells.append({**cell, **found})
-            backend = overspill.backend
+                backend = overspill.backend
+            block, depth = ours[action]
+            cell = {"name": f"{NAMES[action]}, {layout}", "memory": name, "huge_page_bytes": huge_bytes}
+            cells.append({**cell, **found, "our_settings": {"block_size": block, "queue_depth": depth}})
     return {"cells": cells, "backend": backend}
 
 

@@ -221,7 +221,15 @@ pub(crate) struct BenchTurnsArguments {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
     pub(crate) files: usize,
 
-    /// How bytes are moved: auto, io_uring or threads
+    /// Bytes that are moved at a time
+    #[arg(long, value_name = "SIZE", default_value = "1MiB")]
+    pub(crate) block: ByteSize,
+
+    /// How many blocks are with the kernel at a time
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = positive)]
+    pub(crate) depth: usize,
+
+    /// How bytes are moved: auto, io_uring, aio or threads
     #[arg(long, value_name = "NAME", default_value = "auto", env = "OVERSPILL_BACKEND")]
     pub(crate) backend: BackendChoice,
 }
@@ -236,7 +244,7 @@ pub(crate) struct TuneArguments {
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) seconds: u64,
 
-    /// How bytes are moved: auto, io_uring or threads
+    /// How bytes are moved: auto, io_uring, aio or threads
     #[arg(long, value_name = "NAME", default_value = "auto", env = "OVERSPILL_BACKEND")]
     pub(crate) backend: BackendChoice,
 

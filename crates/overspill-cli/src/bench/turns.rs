@@ -22,7 +22,6 @@ use anyhow::{Context, bail, ensure};
 use overspill_io::{Direction, EngineConfig};
 use serde::Serialize;
 
-use super::cells::BLOCK_BYTES;
 use crate::args::BenchTurnsArguments;
 use crate::interrupt;
 use crate::motion::files::{FileSet, Shape};
@@ -43,12 +42,18 @@ struct Done {
 
 pub(crate) fn run(arguments: &BenchTurnsArguments) -> anyhow::Result<()> {
     let bytes = arguments.size.0 / arguments.files as u64;
-    let blocks_per_file = usize::try_from(bytes / BLOCK_BYTES as u64).unwrap_or(usize::MAX);
+    let block_bytes = usize::try_from(arguments.block.0).unwrap_or(usize::MAX);
+    let blocks_per_file = usize::try_from(bytes / arguments.block.0.max(1)).unwrap_or(usize::MAX);
     ensure!(blocks_per_file > 0, "--size {} is less than one block per file", arguments.size);
-    let shape = Shape { files: arguments.files, blocks_per_file, block_bytes: BLOCK_BYTES };
-    let config =
-        EngineConfig { backend: arguments.backend, chunk_bytes: BLOCK_BYTES, ..EngineConfig::default() };
-    let mover = Mover::start(config, &[BLOCK_BYTES], interrupt::stop_flag()?)?;
+    let shape = Shape { files: arguments.files, blocks_per_file, block_bytes };
+    let config = EngineConfig {
+        backend: arguments.backend,
+        chunk_bytes: block_bytes,
+        queue_depth: arguments.depth,
+        bytes_in_flight_max: block_bytes.saturating_mul(arguments.depth),
+        ..EngineConfig::default()
+    };
+    let mover = Mover::start(config, &[block_bytes], interrupt::stop_flag()?)?;
     let stem = format!("overspill-turns-{}", std::process::id());
     let mut set = FileSet::create(mover.engine(), &arguments.dir, stem, shape)?;
     mover.fill(&mut set)?;
