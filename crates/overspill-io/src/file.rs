@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 
-use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, Stat, StatxFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, Stat, StatxFlags};
 use rustix::io::Errno;
 
 use crate::backend::doorbell::Doorbell;
@@ -34,6 +34,8 @@ pub(crate) struct Inner {
     fd: OwnedFd,
     path: PathBuf,
     id: FileId,
+    /// Whether it is a block device.
+    is_disk: bool,
     access: Access,
     /// Index in the ring's table of registered files, once it has one.
     seat: AtomicU32,
@@ -93,6 +95,14 @@ impl File {
         Ok(File::new(fd, PathBuf::from(path), &stat, access, doorbell))
     }
 
+    /// A file in memory, empty so far, that transfers have to treat as a disk.
+    #[cfg(test)]
+    pub(crate) fn disk_in_memory(alignment: usize, doorbell: &Arc<Doorbell>) -> Result<File, Errno> {
+        let mut disk = File::in_memory_as("disk", alignment, doorbell)?;
+        Arc::get_mut(&mut disk.inner).expect("it was just made").is_disk = true;
+        Ok(disk)
+    }
+
     /// The path it was opened by.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -125,13 +135,18 @@ impl File {
         }
     }
 
-    /// The file's size in bytes.
+    /// The size in bytes of the file, or of the disk.
     ///
     /// # Errors
     ///
     /// [`IoError::File`] if the file system cannot say.
     pub fn len(&self) -> Result<u64, IoError> {
-        let stat = rustix::fs::fstat(self).map_err(|errno| self.failed("measure", errno))?;
+        let failed = |errno| self.failed("measure", errno);
+        if self.is_disk() {
+            // Its status says 0. Nobody else uses the descriptor's position.
+            return rustix::fs::seek(self, SeekFrom::End(0)).map_err(failed);
+        }
+        let stat = rustix::fs::fstat(self).map_err(failed)?;
         Ok(u64::try_from(stat.st_size).unwrap_or(0))
     }
 
@@ -144,19 +159,24 @@ impl File {
         Ok(self.len()? == 0)
     }
 
-    /// Reserves space for the file's first `bytes` bytes and makes it at least that long.
+    /// Reserves space for the file's first `bytes` bytes and makes it at least that long. Nobody else may make it longer
+    /// meanwhile.
     ///
     /// # Errors
     ///
-    /// [`IoError::NoSpace`] if the file system cannot hold them; the file keeps its length then.
+    /// [`IoError::NoSpace`] if the file system cannot hold them; the file keeps its length then, and takes no more space
+    /// behind it than before.
     /// [`IoError::File`] otherwise, such as on a file system that cannot reserve.
     pub fn allocate(&self, bytes: u64) -> Result<(), IoError> {
         if bytes == 0 {
             return Ok(());
         }
+        let length = self.len()?;
         let allocate = || rustix::fs::fallocate(self, FallocateFlags::empty(), 0, bytes);
         match rustix::io::retry_on_intr(allocate) {
             Err(Errno::NOSPC | Errno::DQUOT) => {
+                // Some file systems have made it as long as they could.
+                self.truncate(length)?;
                 let measured = |errno| self.failed("measure", errno);
                 let stat = rustix::fs::fstat(self).map_err(measured)?;
                 let space = rustix::fs::fstatvfs(self).map_err(measured)?;
@@ -185,6 +205,11 @@ impl File {
     /// Whether whoever starts a transfer waits for the device there and then, as the page cache makes them.
     pub(crate) fn starts_by_waiting(&self) -> bool {
         matches!(self.inner.access, Access::Buffered { .. })
+    }
+
+    /// Whether it is a disk as a whole, which has all of its bytes always.
+    pub(crate) fn is_disk(&self) -> bool {
+        self.inner.is_disk
     }
 
     /// Cuts the file off behind its first `bytes` bytes.
@@ -219,7 +244,8 @@ impl File {
     fn new(fd: OwnedFd, path: PathBuf, stat: &Stat, access: Access, doorbell: &Arc<Doorbell>) -> File {
         let (seat, doorbell) = (AtomicU32::new(UNSEATED), Arc::clone(doorbell));
         let id = FileId { device: stat.st_dev, inode: stat.st_ino };
-        File { inner: Arc::new(Inner { fd, path, id, access, seat, doorbell }) }
+        let is_disk = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+        File { inner: Arc::new(Inner { fd, path, id, is_disk, access, seat, doorbell }) }
     }
 
     fn open_with(

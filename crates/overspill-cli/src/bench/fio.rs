@@ -103,8 +103,11 @@ impl Fio {
             .output()
             .context("cannot run fio")?;
         if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            bail!("fio failed ({}): {}", output.status, said.lines().next().unwrap_or("no message"));
+            // It complains on either stream.
+            let said = [output.stderr, output.stdout].concat();
+            let said = String::from_utf8_lossy(&said);
+            let line = said.lines().find(|line| !line.trim().is_empty()).unwrap_or("no message");
+            bail!("fio failed ({}): {line}", output.status);
         }
         parse(&output.stdout, shape.bytes() * job.rounds as u64)
     }

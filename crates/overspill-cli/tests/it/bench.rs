@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 
@@ -22,6 +23,13 @@ const CELLS: [(&str, &str); 11] = [
     ("overwrite-tiles", "overwrite, random 256 KiB tiles"),
 ];
 
+/// Held by tests that run fio as root does: it reserves huge pages, of which the machine has one number.
+static HUGE_PAGES: Mutex<()> = Mutex::new(());
+
+fn huge_pages() -> MutexGuard<'static, ()> {
+    HUGE_PAGES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn names(numbers: &Value) -> Vec<&str> {
     numbers["cells"].as_array().unwrap().iter().map(|cell| cell["name"].as_str().unwrap()).collect()
 }
@@ -41,6 +49,7 @@ fn bench_adam_compares_the_update_with_a_triad() {
 
 #[test]
 fn bench_io_measures_every_cell_with_or_without_fio_and_leaves_nothing_behind() {
+    let _alone = huge_pages();
     let place = Place::new();
     for path in [None, Some("")] {
         let mut command =
@@ -71,6 +80,7 @@ fn bench_io_measures_every_cell_with_or_without_fio_and_leaves_nothing_behind() 
 
 #[test]
 fn bench_io_measures_the_chosen_cells_in_their_order_also_on_files_of_one_block() {
+    let _alone = huge_pages();
     let place = Place::new();
     let chosen = CELLS.map(|(choice, _)| choice).into_iter().rev().collect::<Vec<_>>().join(",");
     let arguments = ["bench", "io", "--size", "1MiB", "--pairs", "1", "--cells", &chosen, "--json", "n.json"];
@@ -83,6 +93,7 @@ fn bench_io_measures_the_chosen_cells_in_their_order_also_on_files_of_one_block(
 
 #[test]
 fn an_interrupted_bench_leaves_nothing_behind() {
+    let _alone = huge_pages();
     let place = Place::new();
     for cell in ["mixed", "first-write", "read-small-files"] {
         let mut command =

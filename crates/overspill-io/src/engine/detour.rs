@@ -9,6 +9,8 @@
 //!                    the chunk's bytes are copied in ──► window, and the file ends where it should
 //! ```
 //!
+//! Where a file ends is seen when its window comes in, not before: others may have cut it or made it longer.
+//!
 //! The kernel sees the bounce block only, so the operation keeps its own memory. Nothing else may happen to the file
 //! between the two halves of a write: the [gate](super::gate) sees to that. A [`Detour`] travels with its transfer; it
 //! ends as a [`Turn::Land`], and its bounce block goes home then.
@@ -47,7 +49,7 @@ enum Stage {
     /// It comes in for a read.
     Fetch,
     /// It comes in for a write, which keeps what is around the chunk.
-    Merge { ending: Ending },
+    Merge,
     /// It goes out.
     Store { ending: Ending },
 }
@@ -59,6 +61,13 @@ enum Ending {
     Untouched,
     /// It may write padding behind byte `file_end`, where the file is to end.
     Padded { file_end: u64 },
+}
+
+impl Ending {
+    /// A file that is to end at `file_end` or behind the window, which ends at `window_end`.
+    fn at(file_end: u64, window_end: u64) -> Ending {
+        if file_end < window_end { Ending::Padded { file_end } } else { Ending::Untouched }
+    }
 }
 
 /// What happens next to a chunk on a detour.
@@ -96,7 +105,11 @@ impl Detour {
             (_, Ok(())) if carrier.wanted() > 0 => self.carry(carrier, op, bounce),
             // Nothing more arrives behind the file's end.
             (Stage::Fetch, Ok(()) | Err(Fault::Zero)) => self.copy_out(arrived, &bounce, op),
-            (Stage::Merge { ending }, Ok(()) | Err(Fault::Zero)) => self.copy_in(arrived, ending, op, bounce),
+            (Stage::Merge, Ok(()) | Err(Fault::Zero)) => {
+                let file_end = self.chunk_end().max(self.window.start + arrived as u64);
+                let ending = Ending::at(file_end, self.window.end);
+                self.copy_in(arrived, ending, op, bounce)
+            }
             (Stage::Store { ending }, progress) => self.written(progress.err(), ending, op),
             (_, Err(fault)) => Turn::Land { chunk: self.chunk, moved: 0, fault: Some(fault) },
         }
@@ -110,23 +123,23 @@ impl Detour {
         let window = first - first % sector..end.next_multiple_of(sector);
         let stage = match op.direction {
             Direction::Read => Stage::Fetch,
-            Direction::Write => {
-                let length = op.file.len().map_err(|error| errno_of(&error))?;
-                let ending = match window.end == end {
-                    true => Ending::Untouched,
-                    false => Ending::Padded { file_end: length.max(end) },
-                };
-                let keeps = (first..end) != window && window.start < length;
-                if keeps { Stage::Merge { ending } } else { Stage::Store { ending } }
+            Direction::Write if (first..end) != window && has_bytes_from(&op.file, window.start)? => {
+                Stage::Merge
             }
+            Direction::Write => Stage::Store { ending: Ending::at(end, window.end) },
         };
         let bounce = bounces.take((window.end - window.start) as usize)?;
         Ok((window, stage, bounce))
     }
 
+    /// Where in the file the chunk ends.
+    fn chunk_end(&self) -> u64 {
+        self.window.start + (self.skip + self.chunk.length) as u64
+    }
+
     fn set_out(self, op: &Op, bounce: Block) -> Turn {
         match self.stage {
-            Stage::Fetch | Stage::Merge { .. } => self.submit(op, bounce),
+            Stage::Fetch | Stage::Merge => self.submit(op, bounce),
             Stage::Store { ending } => self.copy_in(0, ending, op, bounce),
         }
     }
@@ -169,7 +182,7 @@ impl Detour {
     /// Moves what is left of the window.
     fn carry(self, carrier: Chunk, op: &Op, bounce: Block) -> Turn {
         let direction = match self.stage {
-            Stage::Fetch | Stage::Merge { .. } => Direction::Read,
+            Stage::Fetch | Stage::Merge => Direction::Read,
             Stage::Store { .. } => Direction::Write,
         };
         let (file, offset) = (op.file.clone(), self.window.start);
@@ -208,6 +221,14 @@ impl Bounces {
         };
         pool.try_lease(bytes).map_err(|_| Errno::NOBUFS.raw_os_error())
     }
+}
+
+/// Whether the file may have bytes from `start` on. A disk may: what the file system says of its length is of no use.
+fn has_bytes_from(file: &File, start: u64) -> Result<bool, i32> {
+    if file.is_disk() {
+        return Ok(true);
+    }
+    Ok(start < file.len().map_err(|error| errno_of(&error))?)
 }
 
 /// Makes the file end at `file_end` if it ends behind that, at most at `padded_end`. An end further behind is none of

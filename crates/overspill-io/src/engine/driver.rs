@@ -315,6 +315,60 @@ mod tests {
         assert_eq!(pool.leased_blocks(), 0);
     }
 
+    /// Writes 100 bytes to `file`, which needs 512 at a time. When the first of them come in, `meanwhile` happens, and
+    /// they are answered with as many sevens as it says.
+    fn odd_write(file: impl FnOnce(&Arc<Doorbell>) -> File, meanwhile: impl FnOnce(&File) -> i32) -> File {
+        let mut bench = Bench::new(BOUND);
+        bench.file = file(&bench.doorbell);
+        let ticket = bench.send(Direction::Write, 100);
+        let mut fetched = bench.next();
+        assert_eq!((fetched.direction, fetched.block.len()), (Direction::Read, 512));
+        fetched.block.fill(7);
+        let length = meanwhile(&bench.file);
+        bench.answer(fetched, length);
+        let stored = loop {
+            let transfer = bench.next();
+            if transfer.direction == Direction::Write {
+                break transfer;
+            }
+            bench.answer(transfer, 0);
+        };
+        let kept = usize::try_from(length).unwrap().max(100);
+        assert!(stored.block[100..kept].iter().all(|&byte| byte == 7));
+        assert!(stored.block[kept..].iter().all(|&byte| byte == 0));
+        if bench.file.len().unwrap() < 512 && !bench.file.is_disk() {
+            bench.file.truncate(512).unwrap();
+        }
+        bench.done(stored);
+        ticket.wait().unwrap();
+        let file = bench.file.clone();
+        assert_eq!(bench.close().2, Ok(()));
+        file
+    }
+
+    #[test]
+    fn an_odd_write_to_a_disk_keeps_what_is_around_it() {
+        // The file behind it is empty, as the status of a disk says of every disk.
+        let disk = odd_write(|doorbell| File::disk_in_memory(512, doorbell).unwrap(), |_| 512);
+        assert_eq!(disk.len().unwrap(), 0, "nobody cuts a disk");
+    }
+
+    #[test]
+    fn a_file_that_others_cut_or_extend_before_an_odd_write_sees_it_ends_where_it_should() {
+        for (before, meanwhile, after) in [(512, 50, 100), (512, 200, 200), (50, 300, 300), (50, 512, 512)] {
+            let file = |doorbell: &Arc<Doorbell>| {
+                let file = File::in_memory_as("file", 512, doorbell).unwrap();
+                file.truncate(before).unwrap();
+                file
+            };
+            let file = odd_write(file, |file| {
+                file.truncate(meanwhile).unwrap();
+                i32::try_from(meanwhile).unwrap()
+            });
+            assert_eq!(file.len().unwrap(), after, "{before}, then {meanwhile}");
+        }
+    }
+
     #[test]
     fn a_failed_operation_answers_only_when_its_last_chunk_is_home() {
         let bench = Bench::new(BOUND);

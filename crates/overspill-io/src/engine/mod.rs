@@ -22,11 +22,12 @@ pub(crate) mod ticket;
 
 use std::fmt;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 
 use self::config::{EngineConfig, EngineReport};
 use self::driver::Driver;
@@ -38,12 +39,14 @@ use crate::backend::doorbell::Doorbell;
 use crate::error::{Direction, IoError};
 use crate::file::File;
 use crate::memory::block::Block;
-use crate::sync::{Mutex, lock};
+use crate::sync::{AtomicBool, Mutex, lock};
 use crate::{BackendKind, Pool, probe};
 
 /// Operations that may wait for the driver to look; a caller beyond that waits for the driver's next turn. It bounds
 /// nothing else: what the driver has taken is bounded by the pool.
 const INTAKE_OPS: usize = 1024;
+/// How long a caller waits for the driver's next turn before it looks whether a shutdown waits for the intake.
+const STEP_BACK: Duration = Duration::from_millis(100);
 /// Beyond the drain patience, how long the driver may take to tell that it ended.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -56,6 +59,8 @@ pub struct Engine {
 struct Inner {
     /// `None` after shutdown. Held for reading while an operation is sent, so that none is sent behind the last one.
     intake: RwLock<Option<Sender<Op>>>,
+    /// Whether a shutdown waits for the intake, or has had it.
+    closing: AtomicBool,
     doorbell: Arc<Doorbell>,
     stats: Arc<Stats>,
     report: EngineReport,
@@ -102,8 +107,9 @@ impl Engine {
         })?;
         let (doorbell, report) = started.recv().unwrap_or(Err(IoError::EngineStopped))?;
         let driver = Mutex::new(Some(DriverThread { handle, ended }));
-        let intake = RwLock::new(Some(intake));
-        Ok(Engine { inner: Arc::new(Inner { intake, doorbell, stats, report, drain_patience, driver }) })
+        let (intake, closing) = (RwLock::new(Some(intake)), AtomicBool::new(false));
+        let inner = Inner { intake, closing, doorbell, stats, report, drain_patience, driver };
+        Ok(Engine { inner: Arc::new(inner) })
     }
 
     /// Makes a file that does not exist yet, readable and writable by its owner only.
@@ -192,26 +198,34 @@ impl Engine {
 
     pub(crate) fn submit(&self, request: Request<'_>, reply: Reply) {
         let Some(op) = Op::new(request, reply) else { return };
-        let inner = &self.inner;
-        let intake = inner.intake.read().unwrap_or_else(PoisonError::into_inner);
-        let refused = match &*intake {
-            Some(intake) => intake.send(op).err().map(|unsent| unsent.0),
-            None => Some(op),
-        };
-        drop(intake);
-        match refused {
-            None => inner.doorbell.ring(),
-            Some(op) => drop(op.stop()),
+        match self.inner.send(op) {
+            Ok(()) => self.inner.doorbell.ring(),
+            Err(op) => drop(op.stop()),
         }
     }
 }
 
 impl Inner {
+    /// Sends the operation to the driver; it comes back if the engine stopped.
+    fn send(&self, mut op: Op) -> Result<(), Op> {
+        while !self.closing.load(Ordering::Acquire) {
+            let intake = self.intake.read().unwrap_or_else(PoisonError::into_inner);
+            let Some(sender) = &*intake else { return Err(op) };
+            op = match sender.send_timeout(op, STEP_BACK) {
+                Ok(()) => return Ok(()),
+                Err(SendTimeoutError::Disconnected(op)) => return Err(op),
+                Err(SendTimeoutError::Timeout(op)) => op,
+            };
+        }
+        Err(op)
+    }
+
     fn shutdown(&self) -> Result<(), IoError> {
         let mut driver = lock(&self.driver);
         let Some(DriverThread { handle, ended }) = driver.take() else {
             return Ok(());
         };
+        self.closing.store(true, Ordering::Release);
         let intake = self.intake.write().unwrap_or_else(PoisonError::into_inner).take();
         drop(intake);
         self.doorbell.ring();
@@ -252,6 +266,7 @@ impl fmt::Debug for Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::BlockClass;
     use crate::backend::doorbell::Wire;
 
     #[test]
@@ -263,6 +278,7 @@ mod tests {
         let (wire, _events) = bounded(1);
         let inner = Inner {
             intake: RwLock::new(None),
+            closing: AtomicBool::new(false),
             doorbell: Arc::new(Doorbell::new(Wire::Channel(wire))),
             stats: Arc::clone(&stats),
             report: EngineReport { backend: BackendKind::Threads, degraded: None, notes: Vec::new() },
@@ -272,5 +288,49 @@ mod tests {
         let patience = Duration::ZERO;
         assert_eq!(inner.shutdown(), Err(IoError::DrainTimeout { patience, leaked_blocks: 1 }));
         assert_eq!(stats.totals().leaked_blocks, 0, "the driver still holds the operation");
+    }
+
+    #[test]
+    fn callers_who_wait_for_a_hanging_driver_do_not_hold_up_a_shutdown() {
+        let pool = Pool::new(&[BlockClass { name: "test", block_bytes: 4096, count: 2 }]).unwrap();
+        let (wire, _events) = bounded(1);
+        let doorbell = Arc::new(Doorbell::new(Wire::Channel(wire)));
+        let file = File::in_memory(&doorbell).unwrap();
+        let (_hangs, ended) = bounded(1);
+        let (intake, hung) = bounded(1);
+        let driver = Mutex::new(Some(DriverThread { handle: thread::spawn(|| ()), ended }));
+        let inner = Inner {
+            intake: RwLock::new(Some(intake)),
+            closing: AtomicBool::new(false),
+            doorbell,
+            stats: Arc::new(Stats::default()),
+            report: EngineReport { backend: BackendKind::Threads, degraded: None, notes: Vec::new() },
+            drain_patience: Duration::ZERO,
+            driver,
+        };
+        let engine = Engine { inner: Arc::new(inner) };
+        let taken = engine.read(&file, 0, pool.lease(1).unwrap(), Priority::Urgent);
+        let (said, heard) = bounded(1);
+        let caller = {
+            let (engine, block) = (engine.clone(), pool.lease(1).unwrap());
+            thread::spawn(move || {
+                said.send(()).unwrap();
+                engine.read(&file, 0, block, Priority::Urgent).wait()
+            })
+        };
+        heard.recv().unwrap();
+        // Until the caller waits for room.
+        while engine.inner.intake.try_write().is_ok() {
+            thread::yield_now();
+        }
+        let (said, heard) = bounded(1);
+        let closer = thread::spawn(move || said.send(engine.shutdown()).unwrap());
+        let outcome = heard.recv_timeout(4 * FAREWELL);
+        drop(hung);
+        assert!(matches!(outcome, Ok(Err(IoError::DrainTimeout { .. }))), "{outcome:?}");
+        closer.join().unwrap();
+        let failed = caller.join().unwrap().unwrap_err();
+        assert_eq!((failed.error, failed.block.map(|block| block.len())), (IoError::EngineStopped, Some(1)));
+        assert_eq!(taken.wait().unwrap_err().error, IoError::EngineStopped);
     }
 }

@@ -9,7 +9,8 @@
 //! chunks go first, but while background chunks wait too, every fourth is theirs: neither starves.
 //!
 //! Chunks that direct I/O cannot take as they are need a bounce block each. The next chunk of an operation that finds
-//! none free does not hold up the others: the operation steps aside until one comes back.
+//! none free does not hold up the others: the operation steps aside, and while one is free, those that stepped aside
+//! go before the others of their priority.
 //!
 //! A chunk is a token that cannot be copied: it is out until it comes back, so every byte is issued once. After the
 //! first failure an operation issues nothing more, but it is over only when its last chunk is home, because until
@@ -70,13 +71,19 @@ pub(crate) struct Queue<T> {
     limits: Limits,
     out: Out,
     ops: Table<Work<T>>,
-    /// Operations with bytes that were never issued, in turn order.
-    urgent: VecDeque<Slot>,
-    background: VecDeque<Slot>,
-    /// Operations whose next chunk found no bounce block, in the order in which that happened.
-    aside: VecDeque<Slot>,
+    urgent: Lane,
+    background: Lane,
     /// Urgent chunks issued since the last background chunk, while one waited.
     urgent_run: usize,
+}
+
+/// The operations of one priority with bytes that were never issued.
+#[derive(Default)]
+struct Lane {
+    /// In turn order.
+    ready: VecDeque<Slot>,
+    /// Those whose next chunk found no bounce block, in the order in which that happened.
+    aside: VecDeque<Slot>,
 }
 
 /// What is out now, each counted as its limit is.
@@ -100,9 +107,9 @@ impl<T> Queue<T> {
     pub(crate) fn new(chunk_bytes: usize, limits: Limits) -> Queue<T> {
         let Limits { depth, bytes, detours } = limits;
         assert!(chunk_bytes > 0 && depth > 0 && bytes > 0 && detours > 0, "a queue moves something");
-        let [urgent, background, aside] = [VecDeque::new(), VecDeque::new(), VecDeque::new()];
+        let (urgent, background) = (Lane::default(), Lane::default());
         let (ops, out) = (Table::new(), Out::default());
-        Queue { chunk_bytes, limits, out, ops, urgent, background, aside, urgent_run: 0 }
+        Queue { chunk_bytes, limits, out, ops, urgent, background, urgent_run: 0 }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -114,7 +121,7 @@ impl<T> Queue<T> {
         assert!(extent.length > 0, "an operation without bytes is over before it is queued");
         let verdict = Verdict { done: 0, fault: None };
         let slot = self.ops.insert(Work { payload, extent, issued: 0, out: 0, verdict });
-        self.lane(extent.priority).push_back(slot);
+        self.lane(extent.priority).ready.push_back(slot);
     }
 
     /// The next chunk to issue with its operation's payload; `None` while nothing waits or nothing more may be out.
@@ -122,23 +129,24 @@ impl<T> Queue<T> {
         if self.out.chunks == self.limits.depth {
             return None;
         }
-        // Each round takes an operation out of its lane, so there are as many as operations at most.
+        let has_bounce = self.out.detours < self.limits.detours;
+        // Each round but the last makes an operation step aside, so there are as many as operations at most.
         loop {
-            let priority = self.turn()?;
-            let op = *self.lane(priority).front()?;
+            let priority = self.turn(has_bounce)?;
+            let op = *self.lane(priority).waiting(has_bounce).front()?;
             let Work { extent, issued: start, .. } = *self.work(op);
             let (length, way) = extent.cut(start, self.chunk_bytes);
             if self.out.chunks > 0 && self.out.bytes.saturating_add(length) > self.limits.bytes {
                 return None;
             }
-            self.lane(priority).pop_front();
-            if way == Way::Detour && self.out.detours == self.limits.detours {
-                self.aside.push_back(op);
+            self.lane(priority).waiting(has_bounce).pop_front();
+            if way == Way::Detour && !has_bounce {
+                self.lane(priority).aside.push_back(op);
                 continue;
             }
-            self.took_turn(priority);
+            self.took_turn(priority, has_bounce);
             if start + length < extent.length {
-                self.lane(priority).push_back(op);
+                self.lane(priority).ready.push_back(op);
             }
             self.out.add(length, way);
             let work = self.work(op);
@@ -178,16 +186,11 @@ impl<T> Queue<T> {
         work.out -= 1;
         if fault.is_some() && work.verdict.fault.is_none() {
             work.verdict.fault = fault;
-            let Queue { urgent, background, aside, .. } = self;
-            for lane in [urgent, background, aside] {
-                lane.retain(|&slot| slot != op);
+            let Extent { length, priority, .. } = work.extent;
+            // One that has no more to issue is in no lane; looking for each of many that fail would take for ever.
+            if work.issued < length {
+                self.lane(priority).remove(op);
             }
-        }
-        if chunk.way() == Way::Detour
-            && let Some(first) = self.aside.pop_front()
-        {
-            let priority = self.work(first).extent.priority;
-            self.lane(priority).push_front(first);
         }
         let work = self.work(op);
         let issues_more = work.verdict.fault.is_none() && work.issued < work.extent.length;
@@ -204,8 +207,8 @@ impl<T> Queue<T> {
     }
 
     /// Whose turn it is: the urgent ones', but for every fourth while background operations wait too.
-    fn turn(&self) -> Option<Priority> {
-        match (self.urgent.is_empty(), self.background.is_empty()) {
+    fn turn(&self, has_bounce: bool) -> Option<Priority> {
+        match (self.urgent.is_idle(has_bounce), self.background.is_idle(has_bounce)) {
             (true, true) => None,
             (false, true) => Some(Priority::Urgent),
             (false, false) if self.urgent_run + 1 < BACKGROUND_TURN => Some(Priority::Urgent),
@@ -214,15 +217,15 @@ impl<T> Queue<T> {
     }
 
     /// Counts the turn that `priority` had.
-    fn took_turn(&mut self, priority: Priority) {
+    fn took_turn(&mut self, priority: Priority, has_bounce: bool) {
         match priority {
             Priority::Background => self.urgent_run = 0,
-            Priority::Urgent if self.background.is_empty() => {}
+            Priority::Urgent if self.background.is_idle(has_bounce) => {}
             Priority::Urgent => self.urgent_run += 1,
         }
     }
 
-    fn lane(&mut self, priority: Priority) -> &mut VecDeque<Slot> {
+    fn lane(&mut self, priority: Priority) -> &mut Lane {
         match priority {
             Priority::Urgent => &mut self.urgent,
             Priority::Background => &mut self.background,
@@ -231,6 +234,24 @@ impl<T> Queue<T> {
 
     fn work(&mut self, op: Slot) -> &mut Work<T> {
         self.ops.get_mut(op).expect("who waits or has a chunk out is not over")
+    }
+}
+
+impl Lane {
+    /// Those of whom the first has the lane's next turn.
+    fn waiting(&mut self, has_bounce: bool) -> &mut VecDeque<Slot> {
+        if has_bounce && !self.aside.is_empty() { &mut self.aside } else { &mut self.ready }
+    }
+
+    /// Whether nobody in it can issue anything now, as far as bounce blocks go.
+    fn is_idle(&self, has_bounce: bool) -> bool {
+        self.ready.is_empty() && (!has_bounce || self.aside.is_empty())
+    }
+
+    fn remove(&mut self, op: Slot) {
+        for waiting in [&mut self.ready, &mut self.aside] {
+            waiting.retain(|&slot| slot != op);
+        }
     }
 }
 
@@ -343,6 +364,48 @@ mod tests {
     }
 
     #[test]
+    fn one_that_fails_before_its_second_turn_leaves_the_bounce_block_to_the_next() {
+        let mut queue = Queue::new(4096, Limits { detours: 1, ..WIDE });
+        let extent =
+            |offset, length| Extent { offset, length, alignment: SECTOR, priority: Priority::Urgent };
+        queue.push('a', extent(1, SECTOR));
+        queue.push('b', extent(0, 4097));
+        let (first, _) = queue.next().unwrap();
+        let (straight, &mut name) = queue.next().unwrap();
+        assert_eq!((straight.way(), name), (Way::Straight, 'b'));
+        assert!(queue.next().is_none(), "the rest of b waits for the bounce block");
+        queue.push('c', extent(1, SECTOR));
+        assert!(queue.next().is_none(), "so does c, behind it");
+        assert!(matches!(queue.land(first, SECTOR, None), Step::Over(..)));
+        assert!(matches!(queue.complete(straight, Completion::Error(libc::EIO)), Step::Over(_, 'b', _)));
+        assert_eq!(queue.next().map(|(_, &mut name)| name), Some('c'));
+    }
+
+    #[test]
+    fn an_urgent_operation_does_not_wait_for_bounce_blocks_behind_background_ones() {
+        let mut queue = Queue::new(4096, Limits { detours: 1, ..WIDE });
+        let skewed = |priority| Extent { offset: 1, length: SECTOR, alignment: SECTOR, priority };
+        for _ in 0..10 {
+            queue.push('w', skewed(Priority::Background));
+        }
+        let (mut out, _) = queue.next().unwrap();
+        assert!(queue.next().is_none());
+        for _ in 0..7 {
+            queue.push('u', skewed(Priority::Urgent));
+        }
+        assert!(queue.next().is_none());
+        let mut order = Vec::new();
+        loop {
+            assert!(matches!(queue.land(out, SECTOR, None), Step::Over(..)));
+            let Some((chunk, &mut name)) = queue.next() else { break };
+            order.push(name);
+            out = chunk;
+        }
+        assert_eq!(order, Vec::from_iter("uuuwuuuwuwwwwwww".chars()));
+        assert!(queue.is_empty());
+    }
+
+    #[test]
     fn a_failed_operation_is_over_only_when_its_last_chunk_is_home() {
         let mut queue = queue(&[(b'a', 5 * CHUNK, Priority::Urgent)]);
         let chunks: Vec<Chunk> = (0..3).map(|_| queue.next().unwrap().0).collect();
@@ -359,7 +422,8 @@ mod tests {
 
     #[derive(Clone, Debug)]
     enum Event {
-        Push(usize, Priority),
+        /// The last one tells whether direct I/O needs a bounce block for it.
+        Push(usize, Priority, bool),
         Issue,
         /// Completes the chunk at this position among those out.
         Answer(usize, Completion),
@@ -376,7 +440,8 @@ mod tests {
             1 => (1_i32..100).prop_map(Completion::Error),
         ];
         let event = prop_oneof![
-            2 => (1_usize..10 * CHUNK, priority).prop_map(|(length, priority)| Event::Push(length, priority)),
+            2 => (1_usize..10 * CHUNK, priority, any::<bool>())
+                .prop_map(|(length, priority, skewed)| Event::Push(length, priority, skewed)),
             6 => Just(Event::Issue),
             6 => (any::<usize>(), answer).prop_map(|(pick, answer)| Event::Answer(pick, answer)),
         ];
@@ -387,6 +452,7 @@ mod tests {
     #[derive(Default)]
     struct Seen {
         length: usize,
+        skewed: bool,
         issued: usize,
         out: usize,
         moved: usize,
@@ -404,7 +470,10 @@ mod tests {
         fn issue(&mut self) -> Result<bool, TestCaseError> {
             let room = self.out.len() < 4;
             let Some((chunk, &mut name)) = self.queue.next() else {
-                let waiting = self.seen.iter().any(|op| op.issued < op.length && op.fault.is_none());
+                let detours = self.out.iter().filter(|(_, chunk)| chunk.way() == Way::Detour).count();
+                let could =
+                    |op: &Seen| op.issued < op.length && op.fault.is_none() && !(op.skewed && detours == 2);
+                let waiting = self.seen.iter().any(could);
                 prop_assert!(!room || !waiting, "a chunk could have been issued");
                 return Ok(false);
             };
@@ -431,6 +500,12 @@ mod tests {
                 other => other,
             };
             let op = &mut self.seen[name];
+            // A bounce block lands once, with all of its chunk or none.
+            let lands = chunk.way() == Way::Detour;
+            let answer = match answer {
+                Completion::Positive(_) | Completion::Retry if lands => Completion::Positive(wanted),
+                other => other,
+            };
             match answer {
                 Completion::Positive(bytes) => op.moved += bytes,
                 Completion::Retry => {}
@@ -438,7 +513,12 @@ mod tests {
                 Completion::Cancelled => op.fault = op.fault.or(Some(Fault::Errno(libc::ECANCELED))),
                 Completion::Error(errno) => op.fault = op.fault.or(Some(Fault::Errno(errno))),
             }
-            match self.queue.complete(chunk, answer) {
+            let step = match answer {
+                Completion::Positive(moved) if lands => self.queue.land(chunk, moved, None),
+                _ if lands => self.queue.land(chunk, 0, op.fault),
+                answer => self.queue.complete(chunk, answer),
+            };
+            match step {
                 Step::Again(chunk) => {
                     prop_assert!(op.fault.is_none());
                     prop_assert!(chunk.done >= before && chunk.wanted() > 0);
@@ -465,12 +545,13 @@ mod tests {
     proptest! {
         #[test]
         fn every_byte_is_issued_once_and_every_operation_ends_once(events in events()) {
-            let mut run = Run { queue: Queue::new(CHUNK, Limits { depth: 4, ..WIDE }), seen: Vec::new(), out: Vec::new() };
+            let mut run = Run { queue: Queue::new(CHUNK, Limits { depth: 4, detours: 2, ..WIDE }), seen: Vec::new(), out: Vec::new() };
             for event in events {
                 match event {
-                    Event::Push(length, priority) => {
-                        run.queue.push(run.seen.len(), extent(length, priority));
-                        run.seen.push(Seen { length, ..Seen::default() });
+                    Event::Push(length, priority, skewed) => {
+                        let (offset, alignment) = if skewed { (1, 4) } else { (0, 1) };
+                        run.queue.push(run.seen.len(), Extent { offset, length, alignment, priority });
+                        run.seen.push(Seen { length, skewed, ..Seen::default() });
                     }
                     Event::Issue => { run.issue()?; }
                     Event::Answer(pick, answer) => run.answer(pick, answer)?,
