@@ -9,14 +9,14 @@
 //! A part that is dropped without an answer answers too, as a promise does.
 
 use std::mem;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::stats::Stats;
 use super::ticket::Reply;
 use crate::error::{Direction, Failed, IoError};
 use crate::file::File;
 use crate::memory::block::Block;
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 
 /// What the parts of one operation share.
 pub(crate) struct Assembly {

@@ -13,7 +13,7 @@ mod program;
 
 use std::ops::Range;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -35,7 +35,7 @@ use crate::backend::sim::Sim;
 use crate::backend::{Arrival, Backend, BackendChoice, BackendKind, Transfer};
 use crate::error::{Direction, Failed, IoError};
 use crate::file::File;
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 use crate::{BlockClass, Pool, SimConfig};
 
 /// How many schedules the whole set has.

@@ -298,7 +298,7 @@ mod tests {
             Fake { folder }
         }
 
-        fn library(&self) -> PathBuf {
+        fn path(&self) -> PathBuf {
             self.folder.path().join(DRIVER)
         }
 
@@ -325,7 +325,7 @@ mod tests {
         assert_eq!((bytes, arena.report().cuda), (BYTES, None));
         let report = CudaReport { registered_bytes: BYTES, devices: 2 };
         for _ in 0..2 {
-            assert_eq!(arena.register_with_cuda(&fake.library()), Ok(report.clone()));
+            assert_eq!(arena.register_with_cuda(&fake.path()), Ok(report.clone()));
         }
         assert_eq!(arena.report().cuda, Some(report));
         let mut expected = vec![
@@ -363,8 +363,8 @@ mod tests {
     fn a_driver_that_lacks_a_function_is_too_old() {
         let fake = Fake::compile(&["OLD"]);
         let arena = Arena::map(BYTES).unwrap();
-        let error = arena.register_with_cuda(&fake.library()).unwrap_err();
-        assert_eq!(error, CudaError::TooOld { library: fake.library(), function: "cuMemHostUnregister" });
+        let error = arena.register_with_cuda(&fake.path()).unwrap_err();
+        assert_eq!(error, CudaError::TooOld { library: fake.path(), function: "cuMemHostUnregister" });
         assert_eq!((fake.log(), arena.report().cuda), (Vec::new(), None));
     }
 
@@ -376,14 +376,14 @@ mod tests {
             (["REGISTER=712", "NAMES"].as_slice(), Some("CUDA_ERROR_OF_TESTS".to_owned())),
         ] {
             let fake = Fake::compile(changes);
-            let error = arena.register_with_cuda(&fake.library()).unwrap_err();
+            let error = arena.register_with_cuda(&fake.path()).unwrap_err();
             assert_eq!(error, CudaError::Refused { function: "cuMemHostRegister", code: 712, name });
             let log = fake.log();
             assert_eq!((log.len(), &log[4..]), (6, ["pop to 0", "release 40"].map(str::to_owned).as_slice()));
             assert_eq!(arena.report().cuda, None);
         }
         let fake = Fake::compile(&[]);
-        assert!(arena.register_with_cuda(&fake.library()).is_ok());
+        assert!(arena.register_with_cuda(&fake.path()).is_ok());
         // Before the folder in which the driver notes it.
         drop(arena);
     }
@@ -392,11 +392,11 @@ mod tests {
     fn a_driver_without_a_device_is_asked_for_nothing_more() {
         let arena = Arena::map(BYTES).unwrap();
         let none = Fake::compile(&["DEVICES=0"]);
-        assert_eq!(arena.register_with_cuda(&none.library()), Err(CudaError::NoDevice));
+        assert_eq!(arena.register_with_cuda(&none.path()), Err(CudaError::NoDevice));
         let broken = Fake::compile(&["INIT=100"]);
         let refused = CudaError::Refused { function: "cuInit", code: 100, name: None };
         assert_eq!(refused.to_string(), "cuInit failed: CUDA error 100");
-        assert_eq!(arena.register_with_cuda(&broken.library()), Err(refused));
+        assert_eq!(arena.register_with_cuda(&broken.path()), Err(refused));
         assert_eq!((none.log(), broken.log()), (vec!["init 0".to_owned()], vec!["init 0".to_owned()]));
     }
 
@@ -405,7 +405,7 @@ mod tests {
         let freed = Arena::map(BYTES).unwrap();
         let keeping = Fake::compile(&["UNREGISTER=999"]);
         let kept = Arena::map(BYTES).unwrap();
-        kept.register_with_cuda(&keeping.library()).unwrap();
+        kept.register_with_cuda(&keeping.path()).unwrap();
         let start = kept.span().0.as_ptr().addr();
         drop(freed);
         drop(kept);
