@@ -58,9 +58,18 @@ pub(crate) struct TrainArguments {
     #[arg(long, value_name = "DIR", value_delimiter = ',', conflicts_with = "in_memory")]
     pub(crate) swap_dir: Vec<PathBuf>,
 
-    /// Leave the swapped state on storage at the end
+    /// Leave the state on storage, whatever happens; with --durability none at the end only
     #[arg(long, requires = "swap_dir")]
     pub(crate) keep: bool,
+
+    /// Go on from the last committed step of the run that was kept there; all other arguments are those of that run
+    #[arg(long, requires = "swap_dir")]
+    pub(crate) resume: bool,
+
+    /// What a crash may cost: the step that is under way, or everything, which takes half the storage [default: step with
+    /// --keep or --resume, none otherwise]
+    #[arg(long, value_enum, value_name = "WHAT", conflicts_with = "in_memory", help_heading = "How it runs")]
+    pub(crate) durability: Option<DurabilityChoice>,
 
     /// All the memory the run may take
     #[arg(long, value_name = "SIZE", default_value = "80MiB")]
@@ -163,6 +172,15 @@ pub(crate) struct TrainArguments {
     /// No progress bar and no table
     #[arg(long, help_heading = "Output")]
     pub(crate) quiet: bool,
+}
+
+/// What a crash may cost.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum DurabilityChoice {
+    /// The step that is under way
+    Step,
+    /// Everything
+    None,
 }
 
 #[derive(Debug, Args)]

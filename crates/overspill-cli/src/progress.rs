@@ -18,6 +18,8 @@ pub(crate) struct Progress {
     started: Instant,
     tokens_per_step: usize,
     steps: u64,
+    /// Steps of earlier runs.
+    finished: u64,
 }
 
 #[derive(Debug)]
@@ -39,7 +41,7 @@ impl Progress {
             (false, false) => Display::Lines { last: None },
             (false, true) => Display::Bar(ProgressBar::no_length()),
         };
-        Self { display, started: Instant::now(), tokens_per_step: 0, steps: 0 }
+        Self { display, started: Instant::now(), tokens_per_step: 0, steps: 0, finished: 0 }
     }
 
     /// Takes the bar off the screen.
@@ -80,6 +82,9 @@ impl Observer for Progress {
         };
         let (parameters, state) = (thousands(run.parameters as u64), ByteSize(run.state_bytes));
         self.say(&format!("training {parameters} parameters ({state} of state) {memory}"));
+        if let Some(bytes) = run.storage_bytes {
+            self.say(&format!("taking {} of storage", ByteSize(bytes)));
+        }
         if let Some(reason) = run.degraded_reason {
             self.noted(reason);
         }
@@ -93,18 +98,24 @@ impl Observer for Progress {
         self.units("writing the first state", units_done, units);
     }
 
+    fn resumed(&mut self, step: u64) {
+        self.finished = step;
+        self.say(&format!("resuming after step {step}"));
+    }
+
     fn stepped(&mut self, step: &StepReport, io: IoReport) {
-        if step.step == 1 {
+        let is_first = step.step == self.finished + 1;
+        if is_first {
             self.started = Instant::now() - step.elapsed;
         }
         let seconds = self.started.elapsed().as_secs_f64();
-        let tokens_per_second = (self.tokens_per_step as u64 * step.step) as f64 / seconds;
+        let tokens_per_second = (self.tokens_per_step as u64 * (step.step - self.finished)) as f64 / seconds;
         let gbps = (io.bytes_read + io.bytes_written) as f64 / 1e9 / seconds;
         let speed = format!("{tokens_per_second:.0} tokens/s  {gbps:.2} GB/s");
         match &mut self.display {
             Display::Nothing => {}
             Display::Bar(bar) => {
-                if step.step == 1 {
+                if is_first {
                     bar.reset();
                     bar.set_style(style("step {pos}/{len} [{bar:30}] {msg}  {eta} left"));
                     bar.set_length(self.steps);

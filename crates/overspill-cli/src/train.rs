@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 
 use overspill_optim::AdamWConfig;
+use overspill_swap::Durability;
 use overspill_train::ByteSize;
 use overspill_train::model::BatchShape;
 use overspill_train::options::{FreshShape, ModelChoice, Residence, RunOptions, StorageChoice};
@@ -11,7 +12,7 @@ use overspill_train::report::Summary;
 use overspill_train::run;
 use overspill_train::schedule::Schedule;
 
-use crate::args::TrainArguments;
+use crate::args::{DurabilityChoice, TrainArguments};
 use crate::interrupt;
 use crate::output::{self, JsonFile};
 use crate::progress::Progress;
@@ -50,6 +51,13 @@ fn options(arguments: &TrainArguments, baseline_rss_bytes: u64) -> RunOptions {
         false => Residence::Storage(StorageChoice {
             directories: a.swap_dir.clone(),
             keep: a.keep,
+            resume: a.resume,
+            durability: match a.durability {
+                Some(DurabilityChoice::Step) => Durability::Step,
+                Some(DurabilityChoice::None) => Durability::None,
+                None if a.keep || a.resume => Durability::Step,
+                None => Durability::None,
+            },
             backend: a.backend,
             depth: a.depth,
         }),

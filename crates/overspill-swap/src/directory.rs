@@ -3,63 +3,139 @@
 //! The lock is an advisory file lock, which the kernel drops with the process, however it dies; so a directory whose
 //! lock is free belongs to nobody alive. A directory that is already there is never taken over and never deleted:
 //! it may hold the only copy of somebody's run. What is removed at the end are the files this module names, one by
-//! one, then the directory itself; a foreign file in it keeps the directory and is left alone.
+//! one, then the directory itself; a foreign file in it keeps the directory and is left alone. A directory whose owner
+//! has ended can be opened again; then it stays.
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{DirBuilder, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{CWD, RenameFlags};
+use rustix::fs::{CWD, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use crate::error::StoreError;
+use crate::manifest::Manifest;
+
+const EPERM: i32 = Errno::PERM.raw_os_error();
+const EOPNOTSUPP: i32 = Errno::OPNOTSUPP.raw_os_error();
+const ENOSYS: i32 = Errno::NOSYS.raw_os_error();
+const EMLINK: i32 = Errno::MLINK.raw_os_error();
 
 /// The extents, or a part of them; further parts in the same directory are numbered.
 const DATA: &str = "data";
 /// What the extents mean.
 pub(crate) const MANIFEST: &str = "manifest";
 /// The next manifest, until it is complete.
-pub(crate) const MANIFEST_NEW: &str = "manifest.new";
+const MANIFEST_NEW: &str = "manifest.new";
+/// The manifest before the current one.
+pub(crate) const MANIFEST_PREVIOUS: &str = "manifest.previous";
+/// The current manifest, while the next one takes its place.
+const MANIFEST_OLD: &str = "manifest.old";
+/// A copy of a manifest, until it is complete.
+const MANIFEST_COPY: &str = "manifest.copy";
+/// Which volume of which store the directory is.
+const VOLUME: &str = "volume";
 /// Held locked by the owner; its text is the owner's process id.
 const LOCK: &str = "lock";
 
-/// A directory that this process created and holds locked.
+/// Longest manifest that is read, in bytes: some eight million tensors.
+const MANIFEST_BYTES_MAX: u64 = 1 << 30;
+
+/// Longest label that is read, in bytes.
+const LABEL_BYTES_MAX: u64 = 64;
+
+/// A directory that this process created or opened and holds locked.
 #[derive(Debug)]
 pub(crate) struct Directory {
     path: PathBuf,
     /// Keeps the lock; the kernel lets go of it when this closes.
-    _lock: File,
+    lock: File,
     kept: AtomicBool,
-    /// Number of files with extents.
-    data_files: usize,
+    /// Names of the files that belong to it.
+    files: Mutex<Vec<String>>,
 }
 
 impl Directory {
-    /// Creates the directory (mode 0700; its parent must exist), in which there will be as many data files, and locks
-    /// it. It is made under another name and appears under its own with its lock taken, so that nobody ever sees it
-    /// without an owner.
-    pub(crate) fn create(path: &Path, data_files: usize) -> Result<Self, StoreError> {
+    /// Creates the directory (mode 0700; its parent must exist), in which there will be as many data files, labels it
+    /// and locks it. It is made under another name and appears under its own with its lock taken, so that nobody ever
+    /// sees it without an owner.
+    pub(crate) fn create(path: &Path, data_files: usize, label: &str) -> Result<Self, StoreError> {
         Self::check_free(path)?;
         let failed = |source| StoreError::Directory { action: "create", path: path.to_owned(), source };
         let made = path.with_added_extension(format!("new-{}", std::process::id()));
         DirBuilder::new().mode(0o700).create(&made).map_err(failed)?;
         let published = create_lock(&made.join(LOCK)).and_then(|lock| {
+            write_new(&made.join(VOLUME), label.as_bytes())?;
             publish(&made, path)?;
             Ok(lock)
         });
         match published {
-            Ok(lock) => {
-                Ok(Self { path: path.to_owned(), _lock: lock, kept: AtomicBool::new(false), data_files })
-            }
+            Ok(lock) => Ok(Self::over(path, lock, data_files, AtomicBool::new(false))),
             Err(e) => {
                 // Both are ours; if even this fails, the first error is the one that matters.
+                drop(std::fs::remove_file(made.join(VOLUME)));
                 drop(std::fs::remove_file(made.join(LOCK)));
                 drop(std::fs::remove_dir(&made));
                 Err(if e.kind() == io::ErrorKind::AlreadyExists { occupied(path) } else { failed(e) })
             }
         }
+    }
+
+    /// Takes over the directory of an owner that has ended, with its data files. It stays when this value is dropped.
+    pub(crate) fn open(path: &Path, data_files: usize) -> Result<Self, StoreError> {
+        let failed = |source| StoreError::Directory { action: "open", path: path.to_owned(), source };
+        let is_directory = std::fs::symlink_metadata(path).map_err(failed)?.is_dir();
+        if !is_directory {
+            return Err(failed(io::ErrorKind::NotADirectory.into()));
+        }
+        let mut lock = open_lock(path, OpenOptions::new().read(true).write(true)).map_err(failed)?;
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) => return Err(locked(path, &mut lock)),
+            Err(TryLockError::Error(source)) => return Err(failed(source)),
+            Ok(()) => {}
+        }
+        // The owner may have removed the directory, and somebody made it anew, between the two.
+        let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
+        let held = lock.metadata().map_err(failed)?;
+        let named = std::fs::symlink_metadata(path.join(LOCK)).map_err(failed)?;
+        if identity(held) != identity(named) {
+            return Err(locked(path, &mut lock));
+        }
+        Ok(Self::over(path, lock, data_files, AtomicBool::new(true)))
+    }
+
+    fn over(path: &Path, lock: File, data_files: usize, kept: AtomicBool) -> Self {
+        let fixed = [MANIFEST_COPY, MANIFEST_NEW, MANIFEST_OLD, MANIFEST_PREVIOUS, MANIFEST];
+        let mut files: Vec<String> = fixed.map(str::to_owned).into();
+        files.extend((0..data_files).map(data_name));
+        Self { path: path.to_owned(), lock, kept, files: Mutex::new(files) }
+    }
+
+    /// Says in the lock who holds it; only when it is known that the directory is a store.
+    pub(crate) fn sign(&self) -> Result<(), StoreError> {
+        let sign = || {
+            self.lock.set_len(0)?;
+            self.lock.write_all_at(std::process::id().to_string().as_bytes(), 0)
+        };
+        sign().map_err(|source| StoreError::Directory { action: "sign", path: self.path.join(LOCK), source })
+    }
+
+    /// Which volume of which store it says it is; nothing if it is of a time when they said nothing.
+    pub(crate) fn label(&self) -> Result<String, StoreError> {
+        let path = self.path.join(VOLUME);
+        match read_file(&path, LABEL_BYTES_MAX) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+            Err(source) => Err(StoreError::Directory { action: "read", path, source }),
+            Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        }
+    }
+
+    /// Adds files that belong to the directory, and go with it.
+    pub(crate) fn forget(&self, names: impl Iterator<Item = String>) {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner).extend(names);
     }
 
     /// Says who is in the way, if anybody is. A link that leads nowhere is in the way too.
@@ -84,9 +160,40 @@ impl Directory {
         self.kept.store(true, Ordering::Relaxed);
     }
 
-    /// Makes the names in the directory, and its own, durable.
+    /// Writes the current manifest: aside, made durable, and renamed, so that a reader finds the old one or the new
+    /// one. The old one stays as the previous one.
+    pub(crate) fn publish(&self, manifest: &[u8]) -> Result<(), StoreError> {
+        let [aside, outgoing, current, previous] =
+            [MANIFEST_NEW, MANIFEST_OLD, MANIFEST, MANIFEST_PREVIOUS].map(|name| self.path.join(name));
+        let write = || -> io::Result<()> {
+            std::fs::remove_file(&aside).or_else(tolerate_missing)?;
+            std::fs::remove_file(&outgoing).or_else(tolerate_missing)?;
+            write_new(&aside, manifest)?;
+            // The previous one goes only after the next one has come: it may be what is restored.
+            give_another_name(&current, &outgoing).or_else(tolerate_missing)?;
+            std::fs::rename(&aside, &current)?;
+            std::fs::rename(&outgoing, &previous).or_else(tolerate_missing)?;
+            self.sync()
+        };
+        write().map_err(|source| StoreError::Directory { action: "replace", path: current.clone(), source })
+    }
+
+    /// Takes the manifests away, durably.
+    pub(crate) fn withdraw(&self) -> io::Result<()> {
+        for name in [MANIFEST, MANIFEST_OLD, MANIFEST_PREVIOUS] {
+            std::fs::remove_file(self.path.join(name)).or_else(tolerate_missing)?;
+        }
+        self.sync()
+    }
+
+    /// Makes the names in the directory durable.
     pub(crate) fn sync(&self) -> io::Result<()> {
-        File::open(&self.path)?.sync_all()?;
+        File::open(&self.path)?.sync_all()
+    }
+
+    /// Makes the names in the directory, and its own, durable.
+    pub(crate) fn sync_names(&self) -> io::Result<()> {
+        self.sync()?;
         File::open(parent(&self.path))?.sync_all()
     }
 }
@@ -96,18 +203,16 @@ impl Drop for Directory {
         if self.kept.load(Ordering::Relaxed) {
             return;
         }
+        let files = self.files.get_mut().unwrap_or_else(PoisonError::into_inner);
         // The lock goes last: as long as anything else is left, the directory is recognizably ours.
-        let data = (0..self.data_files).map(data_name);
-        let ours =
-            [MANIFEST_NEW, MANIFEST].map(str::to_owned).into_iter().chain(data).chain([LOCK.to_owned()]);
-        for name in ours {
+        for name in files.iter().map(String::as_str).chain([VOLUME, LOCK]) {
             drop(std::fs::remove_file(self.path.join(name)));
         }
         drop(std::fs::remove_dir(&self.path));
     }
 }
 
-fn data_name(number: usize) -> String {
+pub(crate) fn data_name(number: usize) -> String {
     if number == 0 { DATA.to_owned() } else { format!("{DATA}.{number}") }
 }
 
@@ -116,7 +221,68 @@ pub(crate) fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Gives the directory its name, unless somebody has it.
+/// Reads a manifest, or a snapshot's.
+///
+/// # Errors
+/// [`StoreError::Directory`] when the file cannot be read, [`StoreError::Manifest`] when it is no sound manifest.
+pub(crate) fn read_manifest(path: &Path) -> Result<Manifest, StoreError> {
+    let bytes = match read_file(path, MANIFEST_BYTES_MAX) {
+        Ok(bytes) => bytes,
+        Err(source) => return Err(StoreError::Directory { action: "read", path: path.to_owned(), source }),
+    };
+    Manifest::decode(&bytes).map_err(|source| StoreError::Manifest { path: path.to_owned(), source })
+}
+
+/// What a volume of the store with this number is labelled with.
+pub(crate) fn label(store: u64, index: usize) -> String {
+    format!("{store:016x} {index}")
+}
+
+/// The whole of a plain file of at most `bytes_max` bytes.
+fn read_file(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || metadata.len() > bytes_max {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not a file of a store"));
+    }
+    let mut bytes = Vec::new();
+    file.take(bytes_max).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Makes a file that does not exist yet, durably but for its name.
+fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn open_lock(directory: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    options.custom_flags(flags.bits() as i32).open(directory.join(LOCK))
+}
+
+fn tolerate_missing(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}
+
+/// Lets a file that nobody will change have one more name, which must be free; on a file system where files have one
+/// name only, it is copied.
+pub(crate) fn give_another_name(file: &Path, name: &Path) -> io::Result<()> {
+    match std::fs::hard_link(file, name) {
+        Err(error) if matches!(error.raw_os_error(), Some(EPERM | EOPNOTSUPP | ENOSYS | EMLINK)) => {
+            // Under a name that nobody reads until it is whole.
+            let aside = file.with_file_name(MANIFEST_COPY);
+            std::fs::remove_file(&aside).or_else(tolerate_missing)?;
+            write_new(&aside, &read_file(file, MANIFEST_BYTES_MAX)?)?;
+            publish(&aside, name)
+        }
+        linked => linked,
+    }
+}
+
+/// Gives what was made its name, unless somebody has it.
 fn publish(made: &Path, path: &Path) -> io::Result<()> {
     match rustix::fs::renameat_with(CWD, made, CWD, path, RenameFlags::NOREPLACE) {
         Ok(()) => Ok(()),
@@ -136,15 +302,18 @@ fn create_lock(path: &Path) -> io::Result<File> {
 /// Says who occupies a directory that already exists.
 fn occupied(path: &Path) -> StoreError {
     let leftover = || StoreError::Leftover { path: path.to_owned() };
-    let Ok(mut lock) = File::open(path.join(LOCK)) else { return leftover() };
+    let Ok(mut lock) = open_lock(path, OpenOptions::new().read(true)) else { return leftover() };
     match lock.try_lock() {
-        Err(TryLockError::WouldBlock) => {
-            let mut owner = String::new();
-            let pid = lock.read_to_string(&mut owner).ok().and_then(|_| owner.trim().parse().ok());
-            StoreError::Locked { path: path.to_owned(), pid }
-        }
+        Err(TryLockError::WouldBlock) => locked(path, &mut lock),
         Ok(()) | Err(TryLockError::Error(_)) => leftover(),
     }
+}
+
+/// Says who holds the lock.
+fn locked(path: &Path, lock: &mut File) -> StoreError {
+    let mut owner = String::new();
+    let pid = lock.read_to_string(&mut owner).ok().and_then(|_| owner.trim().parse().ok());
+    StoreError::Locked { path: path.to_owned(), pid }
 }
 
 #[cfg(test)]
@@ -157,14 +326,14 @@ mod tests {
     fn a_living_owner_is_named_and_a_dead_one_is_not_taken_over() {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("store");
-        let owner = Directory::create(&path, 1).unwrap();
-        match Directory::create(&path, 1) {
+        let owner = Directory::create(&path, 1, "label").unwrap();
+        match Directory::create(&path, 1, "label") {
             Err(StoreError::Locked { pid, .. }) => assert_eq!(pid, Some(std::process::id())),
             other => panic!("{other:?}"),
         }
         owner.keep();
         drop(owner);
-        assert!(matches!(Directory::create(&path, 1), Err(StoreError::Leftover { .. })));
+        assert!(matches!(Directory::create(&path, 1, "label"), Err(StoreError::Leftover { .. })));
         assert!(path.join(LOCK).exists());
     }
 
@@ -172,10 +341,10 @@ mod tests {
     fn removal_takes_its_own_files_and_leaves_a_foreign_one() {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("store");
-        drop(Directory::create(&path, 1).unwrap());
+        drop(Directory::create(&path, 1, "label").unwrap());
         assert!(!path.exists());
 
-        let directory = Directory::create(&path, 2).unwrap();
+        let directory = Directory::create(&path, 2, "label").unwrap();
         std::fs::write(path.join(DATA), "x").unwrap();
         std::fs::write(path.join("data.1"), "x").unwrap();
         std::fs::write(path.join("data.2"), "of somebody else").unwrap();
@@ -189,7 +358,7 @@ mod tests {
     #[test]
     fn the_directory_and_the_lock_are_private() {
         let parent = tempfile::tempdir().unwrap();
-        let directory = Directory::create(&parent.path().join("store"), 1).unwrap();
+        let directory = Directory::create(&parent.path().join("store"), 1, "label").unwrap();
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(directory.path()), 0o700);
         assert_eq!(mode(&directory.path().join(LOCK)), 0o600);
@@ -199,7 +368,7 @@ mod tests {
     fn a_missing_parent_and_a_symbolic_link_are_typed_errors() {
         let parent = tempfile::tempdir().unwrap();
         let missing = parent.path().join("no/store");
-        match Directory::create(&missing, 1) {
+        match Directory::create(&missing, 1, "label") {
             Err(StoreError::Directory { path, source, .. }) => {
                 assert_eq!(path, missing);
                 assert_eq!(source.kind(), io::ErrorKind::NotFound);
@@ -208,6 +377,6 @@ mod tests {
         }
         let link = parent.path().join("link");
         std::os::unix::fs::symlink(parent.path().join("elsewhere"), &link).unwrap();
-        assert!(matches!(Directory::create(&link, 1), Err(StoreError::Leftover { .. })));
+        assert!(matches!(Directory::create(&link, 1, "label"), Err(StoreError::Leftover { .. })));
     }
 }

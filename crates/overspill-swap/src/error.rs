@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use overspill_io::{IoError, PoolError};
 
-use crate::extent::Full;
+use crate::manifest::ManifestError;
 
 /// Why a store refused or failed.
 #[derive(Debug, thiserror::Error)]
@@ -46,15 +46,17 @@ pub enum StoreError {
         /// Bytes the file system has left.
         available: u64,
     },
-    /// The data file has no room for one more tensor.
-    #[error("tensor {tensor}: {path} has {source}", path = path.display())]
+    /// The data file was not made for one more tensor.
+    #[error("tensor {tensor}: {path} was made for {capacity} bytes, and {needed} are needed", path = path.display())]
     Full {
         /// The tensor that found no room.
         tensor: String,
         /// The data file.
         path: PathBuf,
-        /// What was asked and what there was.
-        source: Full,
+        /// Bytes that all tensors need with this one.
+        needed: u64,
+        /// Bytes of the data file.
+        capacity: u64,
     },
     /// Two tensors of one store asked for the same name.
     #[error("tensor {tensor} already exists in {path}", path = path.display())]
@@ -103,10 +105,93 @@ pub enum StoreError {
         source: IoError,
     },
     /// A commit found a tensor whose store was never waited for.
-    #[error("tensor {tensor} is not stored: its last write was not waited for")]
+    #[error("tensor {tensor} is not stored: its last write failed or was not waited for")]
     Unfinished {
         /// The tensor.
         tensor: String,
+    },
+    /// There is no such tensor, or nothing was stored for it.
+    #[error("{path} has no contents for tensor {tensor}", path = path.display())]
+    Missing {
+        /// The tensor.
+        tensor: String,
+        /// The store's directory.
+        path: PathBuf,
+    },
+    /// Somebody has the tensor.
+    #[error("tensor {tensor} is in use")]
+    InUse {
+        /// The tensor.
+        tensor: String,
+    },
+    /// A manifest, or a snapshot's, is not what it should be.
+    #[error("{path}: {source}", path = path.display())]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ManifestError,
+    },
+    /// The data file is shorter than the manifest says.
+    #[error("{path} has {length} bytes, and the committed state needs {needed}: it was cut short", path = path.display())]
+    Truncated {
+        /// The data file.
+        path: PathBuf,
+        /// Its length, in bytes.
+        length: u64,
+        /// Bytes that it should have at least.
+        needed: u64,
+    },
+    /// The state lies in other data files than those that were given.
+    #[error(
+        "{path} names {} data files ({}), and {found} were given: give all directories, in the same order",
+        files.len(), files.join(", "), path = path.display()
+    )]
+    Volumes {
+        /// The manifest.
+        path: PathBuf,
+        /// The data files that it names.
+        files: Vec<String>,
+        /// Data files of the directories that were given.
+        found: usize,
+    },
+    /// A directory that was given is no volume of the store, or not the one of this place.
+    #[error("{} is not the volume of {} that it was given as: give all directories, in the same order", path.display(), home.display())]
+    ForeignVolume {
+        /// The directory.
+        path: PathBuf,
+        /// The store's home.
+        home: PathBuf,
+    },
+    /// A name that no snapshot can have.
+    #[error("`{name}` is no name for a snapshot: 1 to 64 letters, digits, `-`, `_` or `.`")]
+    SnapshotName {
+        /// The name.
+        name: String,
+    },
+    /// A snapshot of this name exists.
+    #[error("{path} already has a snapshot {name}", path = path.display())]
+    SnapshotExists {
+        /// The name.
+        name: String,
+        /// The store's directory.
+        path: PathBuf,
+    },
+    /// No snapshot has this name.
+    #[error("{path} has no snapshot {name}; it has {}", list(known), path = path.display())]
+    NoSnapshot {
+        /// The name.
+        name: String,
+        /// The store's directory.
+        path: PathBuf,
+        /// The snapshots there are.
+        known: Vec<String>,
+    },
+    /// There is no committed state.
+    #[error("{path} has no committed state: remove it and start again", path = path.display())]
+    NothingCommitted {
+        /// The store's directory.
+        path: PathBuf,
     },
     /// A flush failed earlier: what is on storage is unknown from then on.
     #[error("{path} is unusable: an earlier flush of it failed", path = path.display())]
@@ -120,4 +205,8 @@ pub enum StoreError {
     /// The pool refused a lease.
     #[error(transparent)]
     Pool(#[from] PoolError),
+}
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }

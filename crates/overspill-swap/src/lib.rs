@@ -4,7 +4,7 @@
 //! ```text
 //! Store ── reserve ──► tensor states (Vacant, Swapped, Loading, Resident, Dirty, Storing) ──► Engine
 //!   │                        ▲
-//!   └─ commit: manifest      └── tiles: one block, many tensors      pipeline: many items, one computation
+//!   └─ commit: generation    └── tiles: one block, many tensors      pipeline: many items, one computation
 //! ```
 //!
 //! This crate does not know what the bytes mean: the pipeline runs a closure over them. It knows nothing of how
@@ -12,17 +12,20 @@
 //!
 //! ```
 //! use overspill_io::{BlockClass, Engine, EngineConfig, Pool};
-//! use overspill_swap::Store;
+//! use overspill_swap::{Durability, Store, Worth};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let parent = tempfile::tempdir()?;
 //! let pool = Pool::new(&[BlockClass { name: "example", block_bytes: 8192, count: 1 }])?;
 //! let engine = Engine::start(EngineConfig::default(), &pool)?;
-//! let store = Store::create(&parent.path().join("store"), 8192, &engine)?;
+//! let directory = parent.path().join("store");
+//! // Room for the committed version and the next one.
+//! let store = Store::create(&directory, Durability::Step, 2 * 8192, &engine)?;
 //!
 //! let mut block = pool.lease(8192)?;
 //! block.fill(7);
-//! let swapped = store.reserve("bias", 8192)?.fill(block)?.store().wait()?;
+//! let swapped = store.reserve("bias", 8192, Worth::State)?.fill(block)?.store().wait()?;
+//! store.commit(serde_json::json!({ "step": 1 }))?;
 //! let resident = swapped.load(pool.lease(8192)?)?.wait()?;
 //! assert!(resident.bytes().iter().all(|&byte| byte == 7));
 //! # Ok(())
@@ -69,9 +72,11 @@ pub mod buffers;
 mod directory;
 mod error;
 mod extent;
+mod ledger;
 mod manifest;
 pub mod pipeline;
 mod profile;
+mod snapshot;
 mod store;
 pub mod swapper;
 mod tensor;
@@ -81,6 +86,7 @@ mod volume;
 pub use bandwidth::{Bandwidth, measure};
 pub use error::StoreError;
 pub use extent::{EXTENT_ALIGNMENT, Extent, Extents, Full};
+pub use ledger::{Durability, Worth};
 pub use manifest::{LaneRecord, Manifest, ManifestError, TensorRecord, VERSION as MANIFEST_VERSION};
 pub use profile::{Profile, ProfileError};
 pub use store::{Store, Usage};

@@ -4,7 +4,8 @@
 //!
 //! ```text
 //! overspill manifest 2 0123456789abcdef
-//! {"stripe_bytes":1048576,"lanes":[{"file":"data","weight":1}],
+//! {"store":17,"generation":7,"capacity_bytes":16777216,"bytes_written":9437184,"meta":{"step":7},
+//!  "stripe_bytes":1048576,"lanes":[{"file":"data","weight":1}],
 //!  "tensors":[{"name":"weights/layer 0/0","offset":0,"length":1048576,"checksum":81985529216486895}]}
 //! ```
 //!
@@ -13,23 +14,34 @@
 //! file, offsets are those of the file.
 //!
 //! The header names the format's version and the XXH3-64 checksum (16 hexadecimal digits) of everything after the
-//! header's newline. A reader refuses a version that it does not know before it looks at the body. Writing is a
-//! matter of [`crate::Store::commit`]: aside, synced, renamed.
+//! header's newline. A reader refuses a version that it does not know before it looks at the body. Version 1 had the
+//! tensors only. A snapshot is a manifest under another name. Writing is a matter of [`crate::Store::commit`]: aside,
+//! synced, renamed.
 
 use overspill_io::Stripes;
 use serde::{Deserialize, Serialize};
 
 use crate::extent::{EXTENT_ALIGNMENT, Extent};
 
-/// The version this code writes, and the only one it reads.
+/// The version this code writes; it reads this one and all before it.
 pub const VERSION: u32 = 2;
 
 const MAGIC: &str = "overspill manifest";
 
-/// All tensors of a store, and what their offsets mean.
+/// One generation of a store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
+    /// Tells the store from others; its volumes know it too. 0 if its format did not know.
+    pub store: u64,
+    /// Number of the commit that made it, from 1; 0 if its format did not know.
+    pub generation: u64,
+    /// Bytes of the space that the data files make up; 0 if its format did not know.
+    pub capacity_bytes: u64,
+    /// Bytes written to storage for all tensors up to this generation, in all runs that committed it.
+    pub bytes_written: u64,
+    /// What the owner of the tensors wants to find with them, such as the number of the step.
+    pub meta: serde_json::Value,
     /// Length of a stripe, in bytes.
     pub stripe_bytes: usize,
     /// The data files, to which stripes are dealt in turn.
@@ -63,6 +75,13 @@ pub struct TensorRecord {
     pub checksum: u64,
 }
 
+/// The body of the first format.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Version1 {
+    tensors: Vec<TensorRecord>,
+}
+
 /// Why a manifest was refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ManifestError {
@@ -70,7 +89,7 @@ pub enum ManifestError {
     #[error("not a manifest")]
     NotAManifest,
     /// Written by another version of the format.
-    #[error("format version {found} is not known here; version {VERSION} is")]
+    #[error("format version {found} is not known here; {VERSION} is the newest that is")]
     UnknownVersion {
         /// The version in the header.
         found: u32,
@@ -91,11 +110,27 @@ pub enum ManifestError {
     },
 }
 
+impl Default for Manifest {
+    /// Nothing yet, in one data file.
+    fn default() -> Self {
+        Self {
+            store: 0,
+            generation: 0,
+            capacity_bytes: 0,
+            bytes_written: 0,
+            meta: serde_json::Value::Null,
+            stripe_bytes: Stripes::BYTES_DEFAULT,
+            lanes: vec![LaneRecord { file: "data".to_owned(), weight: 1 }],
+            tensors: Vec::new(),
+        }
+    }
+}
+
 impl Manifest {
     /// The bytes of the manifest file.
     pub fn encode(&self) -> Vec<u8> {
         let body = serde_json::to_vec(self).expect("numbers and strings always serialize");
-        let mut file = (Self::header(checksum(&body)) + "\n").into_bytes();
+        let mut file = (Self::header(VERSION, checksum(&body)) + "\n").into_bytes();
         file.extend_from_slice(&body);
         file
     }
@@ -112,12 +147,12 @@ impl Manifest {
         let mut fields =
             header.strip_prefix(MAGIC).ok_or(ManifestError::NotAManifest)?.split_ascii_whitespace();
         let version = fields.next().and_then(|v| v.parse().ok()).ok_or(ManifestError::NotAManifest)?;
-        if version != VERSION {
+        if !(1..=VERSION).contains(&version) {
             return Err(ManifestError::UnknownVersion { found: version });
         }
         let expected =
             fields.next().and_then(|c| u64::from_str_radix(c, 16).ok()).ok_or(ManifestError::NotAManifest)?;
-        if header != Self::header(expected) {
+        if header != Self::header(version, expected) {
             return Err(ManifestError::NotAManifest);
         }
         let found = checksum(body);
@@ -125,20 +160,34 @@ impl Manifest {
             return Err(ManifestError::Damaged { expected, found });
         }
         let malformed = |reason| ManifestError::Malformed { reason };
-        let manifest: Self = serde_json::from_slice(body).map_err(|e| malformed(e.to_string()))?;
+        let parsed = match version {
+            1 => serde_json::from_slice(body).map(|Version1 { tensors }| Self { tensors, ..Self::default() }),
+            _ => serde_json::from_slice(body),
+        };
+        let manifest: Self = parsed.map_err(|e| malformed(e.to_string()))?;
         manifest.check().map_err(malformed)?;
         Ok(manifest)
     }
 
+    /// Bytes that the data files had together at least.
+    pub(crate) fn capacity(&self) -> u64 {
+        let ends = self.tensors.iter().filter_map(TensorRecord::extent).map(Extent::end);
+        ends.fold(self.capacity_bytes, u64::max)
+    }
+
     /// The first line, of which there is exactly one form.
-    fn header(checksum: u64) -> String {
-        format!("{MAGIC} {VERSION} {checksum:016x}")
+    fn header(version: u32, checksum: u64) -> String {
+        format!("{MAGIC} {version} {checksum:016x}")
     }
 
     /// Stripes can be dealt, names are unique, extents aligned and disjoint.
     fn check(&self) -> Result<(), String> {
         let weights: Vec<u32> = self.lanes.iter().map(|lane| lane.weight).collect();
         Stripes::new(self.stripe_bytes, &weights).map_err(|error| error.to_string())?;
+        let capacity = self.capacity();
+        if i64::try_from(capacity).is_err() || !capacity.is_multiple_of(EXTENT_ALIGNMENT) {
+            return Err(format!("no data files have {capacity} bytes"));
+        }
         let mut names: Vec<_> = self.tensors.iter().map(|t| t.name.as_str()).collect();
         names.sort_unstable();
         if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -160,7 +209,7 @@ impl Manifest {
 
 impl TensorRecord {
     /// The tensor's extent; `None` when it is misaligned or leaves the address range.
-    fn extent(&self) -> Option<Extent> {
+    pub(crate) fn extent(&self) -> Option<Extent> {
         let length = self.length.max(1).checked_next_multiple_of(EXTENT_ALIGNMENT)?;
         self.offset.checked_add(length)?;
         self.offset.is_multiple_of(EXTENT_ALIGNMENT).then_some(Extent { offset: self.offset, length })
@@ -187,11 +236,12 @@ mod tests {
 
     fn manifest(tensors: Vec<TensorRecord>) -> Manifest {
         let lane = |file: &str, weight| LaneRecord { file: file.to_owned(), weight };
-        Manifest { stripe_bytes: 1 << 20, lanes: vec![lane("data", 3), lane("/disk/data", 1)], tensors }
+        let lanes = vec![lane("data", 3), lane("/disk/data", 1)];
+        Manifest { stripe_bytes: 1 << 20, lanes, tensors, ..Manifest::default() }
     }
 
     fn sealed(body: &str) -> Vec<u8> {
-        format!("{MAGIC} {VERSION} {:016x}\n{body}", checksum(body.as_bytes())).into_bytes()
+        format!("{}\n{body}", Manifest::header(VERSION, checksum(body.as_bytes()))).into_bytes()
     }
 
     proptest! {
@@ -203,7 +253,8 @@ mod tests {
                 offset += length.next_multiple_of(EXTENT_ALIGNMENT);
                 record
             }).collect();
-            let manifest = manifest(tensors);
+            let meta = serde_json::json!({ "step": offset, "name": [null, 1.5, "ü"] });
+            let manifest = Manifest { generation: offset, capacity_bytes: 2 * offset, bytes_written: 1, meta, ..manifest(tensors) };
             prop_assert_eq!(Manifest::decode(&manifest.encode()), Ok(manifest));
         }
 
@@ -227,6 +278,8 @@ mod tests {
     fn a_newer_version_is_refused_before_its_body_is_read() {
         let file = format!("{MAGIC} 3 whatever comes\nbinary?");
         assert_eq!(Manifest::decode(file.as_bytes()), Err(ManifestError::UnknownVersion { found: 3 }));
+        let file = format!("{MAGIC} 0 0000000000000000\n");
+        assert_eq!(Manifest::decode(file.as_bytes()), Err(ManifestError::UnknownVersion { found: 0 }));
     }
 
     #[test]
@@ -242,6 +295,15 @@ mod tests {
             assert!(matches!(Manifest::decode(&wrong.encode()), Err(ManifestError::Malformed { .. })));
         }
         assert_eq!(Manifest::decode(&sound.encode()), Ok(sound));
+    }
+
+    #[test]
+    fn the_first_format_is_still_read() {
+        let body = r#"{"tensors":[{"name":"a","offset":0,"length":3,"checksum":7}]}"#;
+        let file = format!("{}\n{body}", Manifest::header(1, checksum(body.as_bytes())));
+        let tensors = vec![TensorRecord { name: "a".to_owned(), offset: 0, length: 3, checksum: 7 }];
+        let expected = Manifest { tensors, ..Manifest::default() };
+        assert_eq!(Manifest::decode(file.as_bytes()), Ok(expected));
     }
 
     #[test]

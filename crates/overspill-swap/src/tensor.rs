@@ -8,20 +8,28 @@
 //!                           └── release() or take(): Swapped; clean, so nothing is written
 //! ```
 //!
-//! The checksum is taken when a tensor is stored, while its bytes are still in cache, and compared when it is loaded.
+//! The checksum is taken when a tensor is stored, while its bytes are still in cache, and compared when it is loaded. A
+//! tensor has one handle at a time; when it is dropped, [`Store::adopt`] gives a new one for what is on storage.
 
 use std::fmt;
 
 use overspill_io::{BLOCK_ALIGNMENT, Block, Priority, Ticket};
 
 use crate::error::StoreError;
+use crate::ledger::{Key, Version};
 use crate::manifest::checksum;
-use crate::store::{Key, Store};
+use crate::store::Store;
 
-/// What every state carries: which tensor of which store.
+/// What every state carries: which tensor of which store. There is one for each tensor at most.
 struct Id {
     store: Store,
     key: Key,
+}
+
+impl Drop for Id {
+    fn drop(&mut self) {
+        self.store.disclaim(self.key);
+    }
 }
 
 impl Id {
@@ -43,12 +51,12 @@ impl fmt::Debug for Id {
 
 /// A tensor with room on storage and no contents yet.
 #[derive(Debug)]
-#[must_use = "a dropped tensor keeps its room on storage but can't be reached any more"]
+#[must_use = "a dropped tensor keeps its room on storage and has to be adopted again"]
 pub struct Vacant(Id);
 
 /// A tensor whose only copy is on storage.
 #[derive(Debug)]
-#[must_use = "a dropped tensor keeps its room on storage but can't be reached any more"]
+#[must_use = "a dropped tensor keeps its room on storage and has to be adopted again"]
 pub struct Swapped(Id);
 
 /// A tensor on its way into a block.
@@ -56,12 +64,19 @@ pub struct Swapped(Id);
 #[must_use = "a load that nobody waits for was for nothing"]
 pub struct Loading {
     id: Id,
-    ticket: Ticket,
+    reading: Reading,
+}
+
+/// Bytes on their way in, or why not.
+#[derive(Debug)]
+enum Reading {
+    Begun { ticket: Ticket, version: Version },
+    Refused(StoreError),
 }
 
 /// A tensor in memory, equal to its copy on storage.
 #[derive(Debug)]
-#[must_use = "a dropped tensor keeps its room on storage but can't be reached any more"]
+#[must_use = "a dropped tensor keeps its room on storage and has to be adopted again"]
 pub struct Resident {
     id: Id,
     block: Block,
@@ -75,13 +90,16 @@ pub struct Dirty {
     block: Block,
 }
 
-/// A tensor on its way to storage.
+/// A tensor on its way to storage. Dropping it waits, too: where a write is under way, nobody else may write.
 #[derive(Debug)]
 #[must_use = "whether the tensor was stored is known only after waiting"]
-pub struct Storing {
-    id: Id,
-    ticket: Ticket<()>,
-    checksum: u64,
+pub struct Storing(Option<Writing>);
+
+/// Bytes on their way out, or why not.
+#[derive(Debug)]
+enum Writing {
+    Begun { id: Id, ticket: Ticket<()>, checksum: u64 },
+    Refused { tensor: Dirty, error: StoreError },
 }
 
 /// A block that was refused, because it does not have the tensor's length. Nothing has changed.
@@ -143,6 +161,10 @@ impl Vacant {
 }
 
 impl Swapped {
+    pub(crate) fn new(store: Store, key: Key) -> Self {
+        Self(Id { store, key })
+    }
+
     /// Length of the tensor, in bytes.
     pub fn bytes(&self) -> usize {
         self.0.store.bytes(self.0.key)
@@ -161,8 +183,14 @@ impl Swapped {
             return Err(Refused { error, tensor: self, block });
         }
         let Id { store, key } = &self.0;
-        let ticket = store.space().read(store.extent(*key).offset, block, Priority::Urgent);
-        Ok(Loading { id: self.0, ticket })
+        let reading = match store.version(*key) {
+            Ok(version) => {
+                let ticket = store.space().read(version.extent.offset, block, Priority::Urgent);
+                Reading::Begun { ticket, version }
+            }
+            Err(error) => Reading::Refused(error),
+        };
+        Ok(Loading { id: self.0, reading })
     }
 
     /// Cuts a block that may be longer to the tensor's length.
@@ -192,15 +220,23 @@ impl Swapped {
 impl Loading {
     /// Whether [`Loading::wait`] would return at once.
     pub fn is_done(&self) -> bool {
-        self.ticket.is_done()
+        match &self.reading {
+            Reading::Begun { ticket, .. } => ticket.is_done(),
+            Reading::Refused(_) => true,
+        }
     }
 
     /// Waits for the bytes and compares their checksum with what was stored.
     ///
     /// # Errors
-    /// [`LoadFailed`] with [`StoreError::Transfer`] or [`StoreError::Corrupt`].
+    /// [`LoadFailed`] with [`StoreError::Transfer`] or [`StoreError::Corrupt`]; with [`StoreError::Unfinished`] when its
+    /// last write failed.
     pub fn wait(self) -> Result<Resident, LoadFailed> {
-        let Self { id, ticket } = self;
+        let Self { id, reading } = self;
+        let (ticket, version) = match reading {
+            Reading::Begun { ticket, version } => (ticket, version),
+            Reading::Refused(error) => return Err(LoadFailed { error, tensor: Swapped(id) }),
+        };
         let block = match ticket.wait() {
             Ok(block) => block,
             Err(failed) => {
@@ -208,7 +244,7 @@ impl Loading {
                 return Err(LoadFailed { error, tensor: Swapped(id) });
             }
         };
-        match id.store.verify(id.key, checksum(&block)) {
+        match id.store.verify(id.key, version, checksum(&block)) {
             Ok(()) => Ok(Resident { id, block }),
             Err(error) => Err(LoadFailed { error, tensor: Swapped(id) }),
         }
@@ -253,30 +289,59 @@ impl Dirty {
     pub fn store(self) -> Storing {
         let Self { id, block } = self;
         let checksum = checksum(&block);
-        let extent = id.store.begin_write(id.key);
-        let ticket = id.store.space().write_behind(extent.offset, block, Priority::Background);
-        Storing { id, ticket, checksum }
+        let writing = match id.store.begin_write(id.key) {
+            Ok(extent) => {
+                let ticket = id.store.space().write_behind(extent.offset, block, Priority::Background);
+                Writing::Begun { id, ticket, checksum }
+            }
+            Err(error) => Writing::Refused { tensor: Self { id, block }, error },
+        };
+        Storing(Some(writing))
     }
 }
 
 impl Storing {
     /// Whether [`Storing::wait`] would return at once.
     pub fn is_done(&self) -> bool {
-        self.ticket.is_done()
+        match &self.0 {
+            Some(Writing::Begun { ticket, .. }) => ticket.is_done(),
+            Some(Writing::Refused { .. }) | None => true,
+        }
     }
 
     /// Waits until the tensor is on storage.
     ///
     /// # Errors
-    /// [`StoreFailed`] with [`StoreError::Transfer`], and the data.
-    pub fn wait(self) -> Result<Swapped, StoreFailed> {
-        let Self { id, ticket, checksum } = self;
+    /// [`StoreFailed`] with [`StoreError::Transfer`], or with what kept the data file from growing, and the data.
+    pub fn wait(mut self) -> Result<Swapped, StoreFailed> {
+        self.0.take().expect("it is waited for once").wait()
+    }
+}
+
+impl Drop for Storing {
+    fn drop(&mut self) {
+        if let Some(writing) = self.0.take() {
+            drop(writing.wait());
+        }
+    }
+}
+
+impl Writing {
+    fn wait(self) -> Result<Swapped, StoreFailed> {
+        let (id, ticket, checksum) = match self {
+            Self::Begun { id, ticket, checksum } => (id, ticket, checksum),
+            Self::Refused { tensor, error } => return Err(StoreFailed { error, tensor: Some(tensor) }),
+        };
         match ticket.wait() {
             Ok(()) => {
                 id.store.end_write(id.key, checksum);
                 Ok(Swapped(id))
             }
             Err(failed) => {
+                // Without its memory the write may still be going on: its extent stays taken.
+                if failed.block.is_some() {
+                    id.store.fail_write(id.key);
+                }
                 let error = id.store.transfer_error(id.key, failed.error);
                 Err(StoreFailed { error, tensor: failed.block.map(|block| Dirty { id, block }) })
             }

@@ -9,6 +9,7 @@ use std::mem;
 use overspill_io::{BLOCK_ALIGNMENT, Block};
 
 use crate::error::StoreError;
+use crate::ledger::Worth;
 use crate::store::Store;
 use crate::tensor::{Dirty, Loading, Storing, Swapped, Vacant};
 
@@ -24,10 +25,26 @@ pub fn reserve(
     name: &str,
     bytes: usize,
     tile_bytes: usize,
+    worth: Worth,
 ) -> Result<Vec<Vacant>, StoreError> {
+    let tiles = named_tiles(name, bytes, tile_bytes);
+    tiles.map(|(name, length)| store.reserve(name, length, worth)).collect()
+}
+
+/// Takes up the tiles that [`reserve`] made and that were committed since.
+///
+/// # Errors
+/// As [`Store::adopt`].
+///
+/// # Panics
+/// As [`reserve`].
+pub fn adopt(store: &Store, name: &str, bytes: usize, tile_bytes: usize) -> Result<Vec<Swapped>, StoreError> {
+    named_tiles(name, bytes, tile_bytes).map(|(name, length)| store.adopt(&name, length)).collect()
+}
+
+fn named_tiles(name: &str, bytes: usize, tile_bytes: usize) -> impl Iterator<Item = (String, usize)> {
     assert!(tile_bytes.is_multiple_of(BLOCK_ALIGNMENT), "tiles of {tile_bytes} bytes");
-    let lengths = tile_lengths(bytes, tile_bytes).enumerate();
-    lengths.map(|(i, length)| store.reserve(format!("{name}/{i}"), length)).collect()
+    tile_lengths(bytes, tile_bytes).enumerate().map(move |(i, length)| (format!("{name}/{i}"), length))
 }
 
 /// The lengths of the tiles that `bytes` are cut into.

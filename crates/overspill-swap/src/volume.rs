@@ -3,7 +3,7 @@
 //! Shares are small whole numbers, because stripes are dealt by them: [`weights`] finds some that are close enough to
 //! what was measured, so that noise in the measurements does not make a pattern of its own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use overspill_io::{Engine, IoError, Stripes};
 
@@ -16,6 +16,13 @@ pub struct Volume {
     pub engines: Vec<Engine>,
     /// The volume's share of the data, in proportion to those of the others.
     pub weight: u32,
+}
+
+impl Volume {
+    /// The only volume of a store, with one engine.
+    pub(crate) fn single(directory: &Path, engine: &Engine) -> Self {
+        Self { directory: directory.to_owned(), engines: vec![engine.clone()], weight: 1 }
+    }
 }
 
 /// No volume's weight is larger: beside one that is so much faster, another hardly matters.

@@ -45,6 +45,21 @@ pub enum TrainError {
     /// The pool of blocks failed.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// The state on storage is not that of this run.
+    #[error("{} is the state of another run: {what} was {then}, and is {now} now", path.display())]
+    OtherRun {
+        /// The store's home.
+        path: PathBuf,
+        /// What is different.
+        what: String,
+        /// Its value in the run that left the state.
+        then: String,
+        /// Its value in this run.
+        now: String,
+    },
+    /// Nothing was said about where to resume.
+    #[error("--resume needs the --swap-dir of the run to go on with")]
+    ResumeWhere,
     /// The loss or the gradient is no longer a number; the weights are those before this step.
     #[error("step {step}: {what} is {value}; lower --lr or lengthen --warmup")]
     Diverged {

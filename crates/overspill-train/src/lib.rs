@@ -13,7 +13,7 @@
 //!
 //! ```
 //! use overspill_train::{ByteSize, config::ModelConfig, layout::ModelLayout, model::BatchShape};
-//! use overspill_train::plan::{MemoryPlan, StepShape};
+//! use overspill_train::plan::{Fixed, MemoryPlan, StepShape};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let text = r#"{"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -22,7 +22,7 @@
 //! let layout = ModelLayout::new(&config);
 //! let shape = StepShape { batch: BatchShape { batch: 1, seq: 16 }, accumulate: 1 };
 //! let budget: ByteSize = "64MiB".parse()?;
-//! let plan = MemoryPlan::new(&config, &layout, shape, None, 0, budget.0 as usize)?;
+//! let plan = MemoryPlan::new(&config, &layout, shape, Fixed::default(), 0, budget.0 as usize)?;
 //! assert!(plan.total_bytes() <= budget.0 as usize);
 //! # Ok(())
 //! # }
@@ -34,6 +34,7 @@ pub mod config;
 pub mod data;
 mod error;
 pub mod home;
+pub mod identity;
 mod init;
 pub mod layout;
 pub mod model;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use overspill_io::BackendChoice;
 use overspill_optim::AdamWConfig;
+use overspill_swap::Durability;
 
 use crate::config::{ConfigError, ModelConfig, Rope};
 use crate::data::Tokenizer;
@@ -55,6 +56,10 @@ pub struct StorageChoice {
     pub directories: Vec<PathBuf>,
     /// Whether the state stays there at the end.
     pub keep: bool,
+    /// Whether to go on from the state that an earlier run left there; then it stays, too.
+    pub resume: bool,
+    /// What a crash may cost.
+    pub durability: Durability,
     /// How bytes are moved.
     pub backend: BackendChoice,
     /// Depth of the pipeline; as the memory allows if `None`.

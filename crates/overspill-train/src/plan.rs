@@ -6,11 +6,11 @@
 //! is made to fit by shortening the tiles, then by shortening the pipeline.
 
 use overspill_io::BlockClass;
-use overspill_swap::{Store, pipeline};
+use overspill_swap::{Durability, Store, Worth, pipeline};
 
 use crate::config::{ConfigError, ModelConfig};
 use crate::home::SavedInput;
-use crate::layout::{ModelLayout, UNIT_ALIGNMENT, Unit};
+use crate::layout::{ModelLayout, UNIT_ALIGNMENT, Unit, UnitLayout};
 use crate::model::{BatchShape, Model};
 use crate::size::ByteSize;
 
@@ -99,8 +99,26 @@ const TILE_ELEMENTS_MAX: usize = 1 << 20;
 const TILE_ELEMENTS_GOOD: usize = 1 << 16;
 const TILE_ELEMENTS_MIN: usize = 1 << 14;
 
-/// Depths of the pipeline and lengths of tiles, the best first.
-fn candidates(depth: Option<usize>) -> impl Iterator<Item = (usize, usize)> {
+/// What is not for the plan to choose.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fixed {
+    /// Depth of the pipeline.
+    pub depth: Option<usize>,
+    /// Bytes of a tile: those of the state that a run goes on from.
+    pub tile_bytes: Option<usize>,
+}
+
+impl Fixed {
+    /// The depth only.
+    #[must_use]
+    pub fn depth(depth: Option<usize>) -> Self {
+        Self { depth, tile_bytes: None }
+    }
+}
+
+/// Depths of the pipeline and lengths of tiles, which units of `longest` elements cap, the best first.
+fn candidates(fixed: Fixed, longest: usize) -> impl Iterator<Item = (usize, usize)> {
+    let Fixed { depth, tile_bytes } = fixed;
     let depths = move || depth.map_or(0..=DEPTH_DEFAULT, |depth| depth..=depth).rev();
     let tiles = |longest: usize, shortest: usize| {
         std::iter::successors(Some(longest), |tile| Some(tile / 2)).take_while(move |&tile| tile >= shortest)
@@ -110,7 +128,9 @@ fn candidates(depth: Option<usize>) -> impl Iterator<Item = (usize, usize)> {
     let short = depths().flat_map(move |depth| {
         tiles(TILE_ELEMENTS_GOOD / 2, TILE_ELEMENTS_MIN).map(move |tile| (depth, tile))
     });
-    good.chain(short)
+    let fits =
+        move |tile: usize| tile_bytes.is_none_or(|bytes| tile.min(longest) * size_of::<f32>() == bytes);
+    good.chain(short).filter(move |&(_, tile)| fits(tile))
 }
 
 /// What the store and the home keep in memory for a tile of weights, gradient and moments: names, extents, handles.
@@ -134,7 +154,7 @@ impl MemoryPlan {
     /// Finds the plan with the deepest pipeline, then the longest tiles, that fits the budget; tiles become shorter than
     /// the disk likes only when no shallower pipeline helps.
     ///
-    /// `depth` fixes the depth; `held_bytes` is what is in memory beside: the training text, its tokenizer, and what
+    /// `fixed` is what it may not choose; `held_bytes` is what is in memory beside: the training text, its tokenizer, and what
     /// more engines than one take.
     ///
     /// # Errors
@@ -143,12 +163,17 @@ impl MemoryPlan {
         config: &ModelConfig,
         layout: &ModelLayout,
         shape: StepShape,
-        depth: Option<usize>,
+        fixed: Fixed,
         held_bytes: usize,
         budget: usize,
     ) -> Result<Self, TooSmall> {
+        let longest = layout.largest_unit_bytes() / size_of::<f32>();
         let plans = || {
-            candidates(depth).map(|(depth, tile)| Self::with(config, layout, shape, depth, tile, held_bytes))
+            let with = |(depth, tile)| Self::with(config, layout, shape, depth, tile, held_bytes);
+            // A tile that no plan has, as a damaged state may say, is none to keep to.
+            let any = Fixed { tile_bytes: None, ..fixed };
+            let chosen = if candidates(fixed, longest).next().is_some() { fixed } else { any };
+            candidates(chosen, longest).map(with)
         };
         if let Some(plan) = plans().find(|plan| plan.total_bytes() <= budget) {
             return Ok(plan);
@@ -171,11 +196,12 @@ impl MemoryPlan {
         config: &ModelConfig,
         layout: &ModelLayout,
         shape: StepShape,
-        depth: Option<usize>,
+        fixed: Fixed,
         held_bytes: usize,
     ) -> usize {
-        let plans =
-            candidates(depth).map(|(depth, tile)| Self::with(config, layout, shape, depth, tile, held_bytes));
+        let longest = layout.largest_unit_bytes() / size_of::<f32>();
+        let plans = candidates(fixed, longest)
+            .map(|(depth, tile)| Self::with(config, layout, shape, depth, tile, held_bytes));
         plans.map(|plan| plan.total_bytes()).min().unwrap_or(usize::MAX)
     }
 
@@ -256,14 +282,14 @@ impl MemoryPlan {
         self.pool_bytes() + self.compute_bytes + process_bytes()
     }
 
-    /// Bytes that the store will take.
-    pub fn storage_bytes(&self, layout: &ModelLayout) -> u64 {
-        let state = layout.units().iter().flat_map(|unit| {
-            let bytes = unit.padded_bytes();
-            [bytes, bytes, 2 * bytes]
-        });
+    /// Bytes that the store will take: twice the weights and moments if a crash is to cost one step at most, and room
+    /// for what steps leave to each other.
+    pub fn storage_bytes(&self, layout: &ModelLayout, durability: Durability) -> u64 {
+        let units = || layout.units().iter().map(UnitLayout::padded_bytes);
+        let state = units().flat_map(|bytes| [bytes, 2 * bytes]);
         let inputs = (0..self.saved_inputs()).map(|_| self.input_bytes());
-        Store::capacity_for(state.chain(inputs))
+        Store::capacity_for(durability, Worth::State, state)
+            + Store::capacity_for(durability, Worth::Scratch, units().chain(inputs))
     }
 
     /// Items that the pipeline loads ahead and stores behind.

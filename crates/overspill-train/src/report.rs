@@ -38,6 +38,8 @@ pub struct Summary {
     pub io_write_gbps: f64,
     /// Share of the time of all transfers during which the computation went on.
     pub io_hidden_fraction: f64,
+    /// Number of the first step, from 1: more than that when an earlier run was resumed.
+    pub first_step: u64,
     /// Optimizer steps taken.
     pub steps: u64,
     /// Tokens per second over all steps.

@@ -2,25 +2,28 @@
 //!
 //! Everything that can be refused is refused before anything is made: model, output folder, text, memory plan, swap
 //! directories and disk space, in this order. Then come the pool, the engines, the output folder with all the room it
-//! will need, and the store in directories that the run makes and removes.
+//! will need, and the store in directories that the run makes, and removes if they are not to be kept. A state that is
+//! resumed is opened last; whose it is shows then.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use overspill_io::Pool;
 use overspill_optim::Isa;
+use overspill_swap::Durability;
 
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::ModelConfig;
 use crate::data::{Batches, Corpus, Tokenizer};
 use crate::error::{TrainError, check_stop};
-use crate::home::{Home, IoReport, MemoryHome, SwappedHome};
+use crate::home::{Home, IoReport, MemoryHome, Site, SwappedHome};
+use crate::identity::Identity;
 use crate::init::Initializer;
 use crate::layout::{ModelLayout, UnitLayout};
 use crate::options::{ModelChoice, Residence, RunOptions, StorageChoice};
-use crate::plan::MemoryPlan;
+use crate::plan::{Fixed, MemoryPlan};
 use crate::report::{self, Ledger, Measured, Summary, VolumeSummary};
-use crate::trainer::{Settings, StepReport, Trainer};
+use crate::trainer::{Commit, Settings, StepReport, Trainer};
 use crate::volumes::{Opened, Volumes};
 
 /// Hears how a run gets on.
@@ -31,6 +34,8 @@ pub trait Observer {
     fn noted(&mut self, note: &str);
     /// A unit's first weights are in place.
     fn initialized(&mut self, units_done: usize, units: usize);
+    /// The state after this step was found, and the run goes on from there.
+    fn resumed(&mut self, step: u64);
     /// A step is done.
     fn stepped(&mut self, step: &StepReport, io: IoReport);
     /// The trained model is being written; `units_done` of `units` are.
@@ -50,6 +55,8 @@ pub struct RunFacts<'a> {
     pub tokens_per_step: usize,
     /// Steps of the run.
     pub steps: u64,
+    /// Bytes that the state takes on storage; `None` when it is in memory.
+    pub storage_bytes: Option<u64>,
     /// Which backend moves the bytes.
     pub backend: &'a str,
     /// Why not a better one.
@@ -59,7 +66,8 @@ pub struct RunFacts<'a> {
 /// Trains a model.
 ///
 /// # Errors
-/// [`TrainError`], in one line that says what happened, where, and what to do. Nothing is left behind.
+/// [`TrainError`], in one line that says what happened, where, and what to do. Nothing is left behind but the state that is
+/// to be kept.
 pub fn run(
     options: &RunOptions,
     stop: &AtomicBool,
@@ -104,6 +112,14 @@ impl Transport {
     }
 }
 
+/// From where a run goes on, and what it leaves on the way.
+#[derive(Clone, Copy)]
+struct Course {
+    /// Steps that earlier runs have finished.
+    finished: u64,
+    commit: Commit,
+}
+
 /// Everything that was checked before anything was made.
 struct Prepared {
     config: ModelConfig,
@@ -129,12 +145,15 @@ impl Prepared {
         if let Some(out) = &options.out {
             CheckpointWriter::check_destination(out)?;
         }
-        let (depth, budget) = match &options.residence {
-            Residence::Memory => (Some(0), usize::MAX),
-            Residence::Storage(storage) => (storage.depth, options.memory),
+        let (fixed, budget) = match &options.residence {
+            Residence::Memory => (Fixed::depth(Some(0)), usize::MAX),
+            Residence::Storage(storage) => {
+                let tile_bytes = volumes.and_then(Volumes::committed).and_then(Identity::tile_bytes);
+                (Fixed { depth: storage.depth, tile_bytes }, options.memory)
+            }
         };
         let engines_bytes = volumes.map_or(0, Volumes::memory_bytes);
-        let plan = |held| MemoryPlan::new(&config, &layout, shape, depth, engines_bytes + held, budget);
+        let plan = |held| MemoryPlan::new(&config, &layout, shape, fixed, engines_bytes + held, budget);
         // The tokenizer is in memory already, and nobody but the system knows how large it is.
         let tokenizer_bytes = match &tokenizer {
             Tokenizer::Bytes => 0,
@@ -142,15 +161,17 @@ impl Prepared {
         };
         plan(tokenizer_bytes)?;
         let held_bytes = engines_bytes + tokenizer_bytes;
-        let least = MemoryPlan::least_bytes(&config, &layout, shape, depth, held_bytes);
+        let least = MemoryPlan::least_bytes(&config, &layout, shape, fixed, held_bytes);
         let corpus = match options.data.as_slice() {
             [] => Corpus::embedded(&tokenizer)?,
             files => Corpus::read(files, &tokenizer, budget - least, stop)?,
         };
         let batches = Batches::new(corpus, config.vocab, shape.batch, options.seed)?;
         let plan = plan(tokenizer_bytes + batches.corpus().memory_bytes())?;
-        if let Some(volumes) = volumes {
-            volumes.check(plan.storage_bytes(&layout))?;
+        if let (Some(volumes), Residence::Storage(StorageChoice { resume: false, durability, .. })) =
+            (volumes, &options.residence)
+        {
+            volumes.check(plan.storage_bytes(&layout, *durability))?;
         }
         Ok(Self { config, layout, checkpoint, tokenizer, batches, plan })
     }
@@ -165,7 +186,8 @@ impl Prepared {
         let out = self.out(options)?;
         self.announce(options, &transport, observer);
         let home = MemoryHome::new(&self.layout, &mut self.source(options, stop, observer))?;
-        self.train(options, home, &transport, out, |_| Ok(()), stop, observer)
+        let course = Course { finished: 0, commit: Commit::OnDemand };
+        self.train(options, home, course, &transport, out, |_, _| Ok(()), stop, observer)
     }
 
     fn on_storage(
@@ -181,21 +203,64 @@ impl Prepared {
         let transport = Transport::over(summaries, notes);
         let out = self.out(options)?;
         self.announce(options, &transport, observer);
-        let home = SwappedHome::create(
-            &self.layout,
-            &self.plan,
-            &volumes,
-            &pool,
-            &mut self.source(options, stop, observer),
-        )?;
+        let identity = self.identity(options);
+        let site = Site { volumes: &volumes, durability: storage.durability, identity: &identity };
+        let (mut home, finished) = match storage.resume {
+            true => SwappedHome::open(&self.layout, &self.plan, site, &pool)?,
+            false => {
+                let mut source = self.source(options, stop, observer);
+                (SwappedHome::create(&self.layout, &self.plan, site, &pool, &mut source)?, 0)
+            }
+        };
         if let Some(note) = home.note() {
             observer.noted(&note);
         }
-        let keep = |home: &mut SwappedHome| match storage.keep {
-            true => Ok(home.keep()?),
-            false => Ok(()),
+        let commit = match storage.durability {
+            Durability::Step => Commit::EveryStep,
+            Durability::None => Commit::OnDemand,
         };
-        self.train(options, home, &transport, out, keep, stop, observer)
+        if finished > options.schedule.steps {
+            let (then, now) = (finished.to_string(), format!("at most {}", options.schedule.steps));
+            let (path, what) = (home.path().to_owned(), "the step".to_owned());
+            return Err(TrainError::OtherRun { path, what, then, now });
+        }
+        if storage.resume {
+            observer.resumed(finished);
+        } else if commit == Commit::EveryStep {
+            home.commit(0)?;
+        }
+        // From here on there is something worth keeping, whatever happens.
+        if storage.keep && commit == Commit::EveryStep {
+            home.keep();
+        }
+        let finish = |home: &mut SwappedHome, step| {
+            if (storage.keep || storage.resume) && commit == Commit::OnDemand {
+                home.commit(step)?;
+                home.keep();
+            }
+            Ok(())
+        };
+        let course = Course { finished, commit };
+        self.train(options, home, course, &transport, out, finish, stop, observer)
+    }
+
+    /// Everything that the numbers of the run depend on.
+    fn identity(&self, options: &RunOptions) -> Identity {
+        let RunOptions { shape, schedule, weight_decay, clip, adamw, seed, .. } = options;
+        let digest = format!("{:016x}", self.batches.corpus().digest());
+        let start = if self.checkpoint.is_some() { "a folder's weights" } else { "fresh weights" };
+        Identity::default()
+            .with("the model", &format!("{:?}", self.config))
+            .with("--model", &start)
+            .with("the text", &digest)
+            .with("--batch", &shape.batch.batch)
+            .with("--seq", &shape.batch.seq)
+            .with("--accumulate", &shape.accumulate)
+            .with("the schedule (--lr, --warmup, --steps)", &format!("{schedule:?}"))
+            .with("--weight-decay", weight_decay)
+            .with("--clip", &format!("{clip:?}"))
+            .with("AdamW", &format!("{adamw:?}"))
+            .with("--seed", seed)
     }
 
     /// The output folder, with all the room it will need, so that no run ends on a full disk.
@@ -241,6 +306,12 @@ impl Prepared {
             memory_budget_bytes: budget(options),
             tokens_per_step: options.shape.tokens(),
             steps: options.schedule.steps,
+            storage_bytes: match &options.residence {
+                Residence::Memory => None,
+                Residence::Storage(storage) => {
+                    Some(self.plan.storage_bytes(&self.layout, storage.durability))
+                }
+            },
             backend: &transport.name,
             degraded_reason: transport.degraded.as_deref(),
         });
@@ -254,9 +325,10 @@ impl Prepared {
         self,
         options: &RunOptions,
         home: H,
+        course: Course,
         transport: &Transport,
         out: Option<CheckpointWriter>,
-        finish: impl FnOnce(&mut H) -> Result<(), TrainError>,
+        finish: impl FnOnce(&mut H, u64) -> Result<(), TrainError>,
         stop: &AtomicBool,
         observer: &mut dyn Observer,
     ) -> Result<Summary, TrainError> {
@@ -268,16 +340,20 @@ impl Prepared {
             clip: options.clip,
             adamw: options.adamw,
             isa: Isa::detect(),
+            commit: course.commit,
         };
-        let mut trainer = Trainer::new(&self.config, &self.layout, settings, home, self.batches);
+        let trainer = Trainer::new(&self.config, &self.layout, settings, home, self.batches);
+        let mut trainer = trainer.after(course.finished);
         let io_before = trainer.home().io().unwrap_or_default();
         let mut ledger = Ledger::default();
-        for _ in 0..options.schedule.steps {
+        for _ in course.finished..options.schedule.steps {
             let step = trainer.step(stop)?;
             ledger.record(&step);
             observer.stepped(&step, trainer.home().io().unwrap_or_default().since(&io_before));
         }
         let io_after = trainer.home().io().unwrap_or_default();
+        // Before the export, which may fail: what was trained is worth keeping.
+        finish(trainer.home(), options.schedule.steps)?;
         let mut written = None;
         if let Some(mut out) = out {
             let units = self.layout.units().len();
@@ -291,7 +367,6 @@ impl Prepared {
             })?;
             written = Some(out);
         }
-        finish(trainer.home())?;
         // The store goes before the folder comes: it may stand in its way.
         drop(trainer);
         if let Some(written) = written {
@@ -308,6 +383,7 @@ impl Prepared {
             depth: self.plan.depth(),
             tile_bytes: self.plan.tile_bytes(),
             volumes: transport.volumes.clone(),
+            first_step: course.finished.saturating_add(1),
             ..Summary::default()
         };
         let measured = Measured {

@@ -50,6 +50,17 @@ pub struct Settings {
     pub adamw: AdamWConfig,
     /// Instructions to compute the update with.
     pub isa: Isa,
+    /// When the state is made what a later run finds.
+    pub commit: Commit,
+}
+
+/// When the state is made what a later run finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Commit {
+    /// After every step.
+    EveryStep,
+    /// When somebody asks for it.
+    OnDemand,
 }
 
 /// Layers between two looks at what the heap holds for nothing.
@@ -119,6 +130,13 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
         }
     }
 
+    /// Goes on from the state after `step` steps, which the home has.
+    #[must_use]
+    pub fn after(mut self, step: u64) -> Self {
+        self.progress = Progress::Finished(step);
+        self
+    }
+
     /// Takes one optimizer step. `stop` is looked at between operations.
     ///
     /// # Errors
@@ -150,6 +168,9 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
             isa: self.settings.isa,
             stop,
         })?;
+        if self.settings.commit == Commit::EveryStep {
+            self.home.commit(step)?;
+        }
         self.progress = Progress::Finished(step);
         Ok(StepReport {
             step,

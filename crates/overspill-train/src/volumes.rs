@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use overspill_io::{Engine, EngineConfig, EngineReport, Pool};
-use overspill_swap::{Bandwidth, Profile, Store, Volume, measure, weights};
+use overspill_swap::{Bandwidth, Manifest, Profile, Store, Volume, measure, weights};
 
 use crate::error::TrainError;
 use crate::options::StorageChoice;
@@ -25,7 +25,11 @@ const ENGINE_BYTES: usize = 512 << 10;
 const QUEUE_ENTRY_BYTES: usize = 512;
 
 /// The directories of a run, before anything is made in them; at least one.
-pub(crate) struct Volumes(Vec<Found>);
+pub(crate) struct Volumes {
+    found: Vec<Found>,
+    /// What was committed to them, if a run is resumed.
+    committed: Option<Manifest>,
+}
 
 struct Found {
     /// What the user named.
@@ -34,6 +38,8 @@ struct Found {
     store: PathBuf,
     /// What is known of its disk.
     profile: Option<Profile>,
+    /// Engines side by side, each with a data file of its own.
+    rings: usize,
 }
 
 /// The volumes with their engines at work.
@@ -51,11 +57,18 @@ impl Volumes {
     /// # Errors
     /// [`TrainError::Profile`] when a profile is damaged, [`TrainError::SwapTwice`] for a directory named twice.
     pub(crate) fn find(storage: &StorageChoice) -> Result<Self, TrainError> {
-        let find = |directory: &Path, store| -> Result<_, TrainError> {
-            Ok(Found { directory: directory.to_owned(), store, profile: Profile::load(directory)? })
+        let find = |directory: &Path, store: PathBuf| -> Result<_, TrainError> {
+            let profile = Profile::load(directory)?;
+            let wished = profile.as_ref().map_or(1, |profile| profile.rings);
+            // What was made with some number of data files has that number.
+            let rings = if storage.resume { Store::data_files(&store).max(1) } else { wished };
+            Ok(Found { directory: directory.to_owned(), store, profile, rings })
         };
+        if storage.directories.is_empty() && storage.resume {
+            return Err(TrainError::ResumeWhere);
+        }
         if storage.directories.is_empty() {
-            return Ok(Self(vec![find(Path::new("."), fresh_name())?]));
+            return Ok(Self { found: vec![find(Path::new("."), fresh_name())?], committed: None });
         }
         let mut real: Vec<PathBuf> = Vec::with_capacity(storage.directories.len());
         let mut found = Vec::with_capacity(storage.directories.len());
@@ -68,16 +81,23 @@ impl Volumes {
             real.push(path);
             found.push(find(directory, directory.join(STORE_NAME))?);
         }
-        Ok(Self(found))
+        let home = found.first().filter(|_| storage.resume);
+        let committed = home.map(|home| Store::committed(&home.store)).transpose()?;
+        Ok(Self { found, committed })
+    }
+
+    /// What came with the state that is resumed.
+    pub(crate) fn committed(&self) -> Option<&serde_json::Value> {
+        self.committed.as_ref().map(|manifest| &manifest.meta)
     }
 
     /// What their engines take, as far as that is more than a single one of the usual depth.
     pub(crate) fn memory_bytes(&self) -> usize {
         let usual = engine_bytes(EngineConfig::default().queue_depth);
         let all: usize = self
-            .0
+            .found
             .iter()
-            .map(|found| found.rings() * engine_bytes(found.config(EngineConfig::default()).queue_depth))
+            .map(|found| found.rings * engine_bytes(found.config(EngineConfig::default()).queue_depth))
             .sum();
         all.saturating_sub(usual)
     }
@@ -90,10 +110,10 @@ impl Volumes {
     pub(crate) fn check(&self, storage_bytes: u64) -> Result<(), TrainError> {
         let (shares, storage_bytes) = match self.known() {
             Some(bandwidths) => (weights(&bandwidths), storage_bytes),
-            None => (vec![1; self.0.len()], 0),
+            None => (vec![1; self.found.len()], 0),
         };
         let volumes: Vec<_> =
-            self.0.iter().zip(shares).map(|(found, share)| (&*found.store, share)).collect();
+            self.found.iter().zip(shares).map(|(found, share)| (&*found.store, share)).collect();
         Ok(Store::check_over(&volumes, storage_bytes)?)
     }
 
@@ -103,13 +123,13 @@ impl Volumes {
     /// [`TrainError`] when an engine can't be started, or a directory can't be written; nothing is left behind.
     pub(crate) fn open(&self, storage: &StorageChoice, pool: &Pool) -> Result<Opened, TrainError> {
         let config = EngineConfig { backend: storage.backend, ..EngineConfig::default() };
-        let several = self.0.len() > 1;
+        let several = self.found.len() > 1;
         let mut opened = Opened { volumes: Vec::new(), summaries: Vec::new(), notes: Vec::new() };
-        let mut bandwidths = Vec::with_capacity(self.0.len());
-        for found in &self.0 {
+        let mut bandwidths = Vec::with_capacity(self.found.len());
+        for found in &self.found {
             let config = found.config(config.clone());
             let start = || Engine::start(config.clone(), pool);
-            let engines: Vec<Engine> = (0..found.rings()).map(|_| start()).collect::<Result<_, _>>()?;
+            let engines: Vec<Engine> = (0..found.rings).map(|_| start()).collect::<Result<_, _>>()?;
             let report = merged(&engines);
             let name = found.directory.display();
             // What an engine has to say is about memory and the kernel, which all volumes share.
@@ -119,7 +139,7 @@ impl Volumes {
                 }
             }
             let mut known = found.bandwidth();
-            if several && known.is_none() {
+            if several && known.is_none() && self.committed.is_none() {
                 let measured = measure(&found.directory, &engines, pool)?;
                 known = Some(measured);
                 let profile = found.profile_of(&config, measured);
@@ -143,7 +163,7 @@ impl Volumes {
             opened.volumes.push(Volume { directory: found.store.clone(), engines, weight: 1 });
         }
         for ((volume, summary), weight) in
-            opened.volumes.iter_mut().zip(&mut opened.summaries).zip(weights(&bandwidths))
+            opened.volumes.iter_mut().zip(&mut opened.summaries).zip(self.shares(&bandwidths))
         {
             (volume.weight, summary.weight) = (weight, weight);
             if several || summary.read_gbps.is_some() {
@@ -153,9 +173,17 @@ impl Volumes {
         Ok(opened)
     }
 
+    /// Each volume's share: what it was when the state was made, or by bandwidth.
+    fn shares(&self, bandwidths: &[f64]) -> Vec<u32> {
+        let Some(manifest) = &self.committed else { return weights(bandwidths) };
+        let mut lanes = manifest.lanes.iter().map(|lane| lane.weight);
+        let share = |found: &Found| lanes.by_ref().take(found.rings).fold(0, u32::saturating_add);
+        self.found.iter().map(share).collect()
+    }
+
     /// The bandwidths of all volumes, if they are known; of a single one it does not matter.
     fn known(&self) -> Option<Vec<f64>> {
-        match &*self.0 {
+        match &*self.found {
             [_] => Some(vec![1.0]),
             several => several.iter().map(|found| found.bandwidth().map(Bandwidth::mean_gbps)).collect(),
         }
@@ -163,10 +191,6 @@ impl Volumes {
 }
 
 impl Found {
-    fn rings(&self) -> usize {
-        self.profile.as_ref().map_or(1, |profile| profile.rings)
-    }
-
     fn bandwidth(&self) -> Option<Bandwidth> {
         let Profile { read_gbps, write_gbps, .. } = *self.profile.as_ref()?;
         Some(Bandwidth { read_gbps, write_gbps })
@@ -187,7 +211,7 @@ impl Found {
         Profile {
             chunk_bytes: config.chunk_bytes,
             queue_depth: config.queue_depth,
-            rings: self.rings(),
+            rings: self.rings,
             read_gbps: measured.read_gbps,
             write_gbps: measured.write_gbps,
         }
@@ -221,6 +245,7 @@ fn fresh_name() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use overspill_io::{BackendChoice, BlockClass};
+    use overspill_swap::Durability;
 
     use super::*;
 
@@ -229,7 +254,8 @@ mod tests {
 
     fn storage(directories: &[&Path]) -> StorageChoice {
         let directories = directories.iter().map(|&path| path.to_owned()).collect();
-        StorageChoice { directories, keep: false, backend: BackendChoice::Threads, depth: None }
+        let (durability, backend) = (Durability::None, BackendChoice::Threads);
+        StorageChoice { directories, keep: false, resume: false, durability, backend, depth: None }
     }
 
     fn pool() -> Pool {

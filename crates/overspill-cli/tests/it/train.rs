@@ -1,10 +1,11 @@
 //! `overspill train` when all is well, and when it is told to stop.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::command::{Ended, Place, SMALL};
+use crate::command::{Ended, Place, SMALL, read_json};
 
 /// The names that other programs rely on.
 const NAMES: [&str; 20] = [
@@ -111,7 +112,7 @@ fn a_written_model_is_where_the_next_run_starts() {
         "--out", "second",
     ]);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
-    let second = crate::command::read_json(&place.path("n.json"));
+    let second = read_json(&place.path("n.json"));
     assert_eq!(second["parameters"], first["parameters"]);
     assert!(second["loss_first"].as_f64() < first["loss_first"].as_f64(), "it starts from what was learned");
     assert!(place.path("second/model.safetensors").exists());
@@ -135,7 +136,7 @@ fn a_table_that_nobody_can_read_costs_no_numbers() {
     let mut command = place.command(&[&["train"], SMALL.as_slice(), &["--json", "n.json"]].concat());
     let ended = Ended::of(&command.stdout(full).output().unwrap());
     ended.refused(&["standard output"]);
-    assert_eq!(crate::command::read_json(&place.path("n.json"))["steps"], 3);
+    assert_eq!(read_json(&place.path("n.json"))["steps"], 3);
 }
 
 #[test]
@@ -162,6 +163,66 @@ fn the_state_stays_on_storage_when_it_is_kept() {
     }
     place.train(&["--swap-dir", "swap"]).refused(&["overspill-store already exists", "remove it"]);
     assert!(place.path("swap/overspill-store/data").exists(), "nothing was taken over");
+}
+
+#[test]
+fn a_killed_run_is_resumed_with_the_losses_of_one_that_was_not() {
+    let place = Place::new();
+    fs::create_dir(place.path("swap")).unwrap();
+    let steps = ["--steps", "24", "--seed", "3", "--json", "numbers.json", "--quiet"];
+    let arguments = [&["train"], &SMALL[..12], &steps].concat();
+    let run = |more: &[&str]| place.command(&[arguments.as_slice(), more].concat());
+    let numbers = || read_json(&place.path("numbers.json"));
+    let reference = Ended::of(&run(&[]).output().unwrap());
+    assert_eq!(reference.status, Some(0), "{}", reference.stderr);
+    let reference = numbers()["losses"].clone();
+
+    let swap = ["--swap-dir", "swap", "--keep"];
+    let resume = ["--swap-dir", "swap", "--keep", "--resume"];
+    let manifest = place.path("swap/overspill-store/manifest");
+    let mut child = run(&swap).spawn().unwrap();
+    let began = Instant::now();
+    while !manifest.exists() {
+        assert!(began.elapsed() < Duration::from_secs(60), "nothing is committed");
+        std::thread::yield_now();
+    }
+    for after_ms in [5, 40, 90, 20] {
+        std::thread::park_timeout(Duration::from_millis(after_ms));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        child = run(&resume).spawn().unwrap();
+    }
+    let ended = Ended::of(&child.wait_with_output().unwrap());
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    let resumed = numbers();
+    let first = resumed["first_step"].as_u64().unwrap() as usize;
+    let losses = resumed["losses"].as_array().unwrap();
+    assert_eq!(losses.as_slice(), &reference.as_array().unwrap()[first - 1..], "from step {first} on");
+
+    let other = [&["train"], &SMALL[..12], &["--steps", "24", "--seed", "4"], &resume[..]].concat();
+    place.run(&other).refused(&["the state of another run", "--seed was 3, and is 4 now"]);
+    place.train(&["--swap-dir", ".", "--resume"]).refused(&["overspill-store", "no committed state"]);
+    assert!(manifest.exists());
+}
+
+#[test]
+fn a_kept_state_is_resumed_whatever_was_found_out_about_the_disk_since() {
+    let place = Place::new();
+    fs::create_dir(place.path("swap")).unwrap();
+    let run = |more: &[&str]| {
+        let steps = ["--steps", "4", "--swap-dir", "swap", "--keep", "--json", "numbers.json", "--quiet"];
+        let mut command = place.command(&[&["train"], &SMALL[..12], &steps, more].concat());
+        let ended = Ended::of(&command.env("RAYON_NUM_THREADS", "3").output().unwrap());
+        assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+        read_json(&place.path("numbers.json"))
+    };
+    // Made for one state, without a commit on the way.
+    assert_eq!(run(&["--durability", "none"])["steps"], 4);
+    place.file("swap/overspill-tune.json", profile(2, 1.0));
+    let resumed = run(&["--resume", "--memory", "100MiB"]);
+    assert_eq!((&resumed["steps"], &resumed["first_step"]), (&Value::from(0), &Value::from(5)));
+    assert_eq!(run(&["--resume", "--durability", "none"])["steps"], 0);
+    assert!(place.path("swap/overspill-store/manifest").exists());
 }
 
 /// A folder with two that stand for disks.
@@ -228,7 +289,7 @@ fn a_directory_that_nobody_knows_is_measured_once_and_remembered() {
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
     assert!(ended.stderr.contains("note: volume two: weight "), "{}", ended.stderr);
     assert!(ended.stdout.contains("by weights "), "{}", ended.stdout);
-    let second = crate::command::read_json(&place.path("n.json"));
+    let second = read_json(&place.path("n.json"));
     assert_eq!(weights(&second), weights(&first), "the same figures, the same shares");
 }
 
@@ -252,7 +313,7 @@ fn an_interrupted_run_over_two_directories_cleans_both() {
     let endless =
         [&["train"], &SMALL[..SMALL.len() - 2], &["--steps", "1000000", "--swap-dir", "one,two"]].concat();
     let mut child = place.command(&endless).spawn().unwrap();
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     while !place.path("two/overspill-store/data.1").exists() {
         assert!(child.try_wait().unwrap().is_none(), "the run ended before it began");
         assert!(began.elapsed().as_secs() < 300, "no store in time");

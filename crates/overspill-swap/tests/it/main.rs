@@ -3,6 +3,8 @@
 
 mod buffers;
 mod folder;
+mod generations;
+mod killed;
 mod pipeline;
 mod rig;
 mod store;

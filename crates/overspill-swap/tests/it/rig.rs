@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use overspill_io::{BackendChoice, Block, BlockClass, Engine, EngineConfig, Pool};
-use overspill_swap::{Store, Swapped};
+use overspill_swap::{Durability, Store, Swapped, Worth};
 use tempfile::TempDir;
 
 pub(crate) const BLOCK: usize = 64 << 10;
@@ -19,13 +19,19 @@ pub(crate) struct Rig {
 
 pub(crate) const BACKENDS: [BackendChoice; 2] = [BackendChoice::Auto, BackendChoice::Threads];
 
+/// The capacity that `tensors` tensors of [`BLOCK`] bytes need.
+pub(crate) fn room(tensors: usize) -> u64 {
+    Store::capacity_for(Durability::Step, Worth::State, vec![BLOCK; tensors])
+}
+
 impl Rig {
     /// A pool of `blocks` blocks of [`BLOCK`] bytes, and a store with room for `tensors` tensors of that size.
     pub(crate) fn new(backend: BackendChoice, blocks: usize, tensors: usize) -> Self {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let pool = Pool::new(&[BlockClass { name: "test", block_bytes: BLOCK, count: blocks }]).unwrap();
         let engine = Engine::start(EngineConfig { backend, ..EngineConfig::default() }, &pool).unwrap();
-        let store = Store::create(&folder.path().join("store"), (tensors * BLOCK) as u64, &engine).unwrap();
+        let store =
+            Store::create(&folder.path().join("store"), Durability::Step, room(tensors), &engine).unwrap();
         Self { store, engine, pool, folder }
     }
 
@@ -37,7 +43,7 @@ impl Rig {
 
     /// A tensor on storage, all of whose bytes are `byte`.
     pub(crate) fn tensor(&self, name: &str, byte: u8) -> Swapped {
-        let vacant = self.store.reserve(name, BLOCK).unwrap();
+        let vacant = self.store.reserve(name, BLOCK, Worth::State).unwrap();
         vacant.fill(self.block(byte)).unwrap().store().wait().unwrap()
     }
 

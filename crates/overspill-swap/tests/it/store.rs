@@ -1,9 +1,10 @@
 use std::os::unix::fs::PermissionsExt;
 
 use overspill_io::{BackendChoice, IoError};
-use overspill_swap::{Manifest, Store, StoreError};
+use overspill_swap::{Durability, Manifest, Store, StoreError, Worth};
+use serde_json::Value;
 
-use crate::rig::{BACKENDS, BLOCK, Rig};
+use crate::rig::{BACKENDS, BLOCK, Rig, room};
 
 #[test]
 fn what_is_stored_comes_back_changed_or_not() {
@@ -67,7 +68,7 @@ fn a_failed_write_hands_the_tensor_and_its_data_back() {
         assert_eq!(dirty.bytes(), vec![7; BLOCK]);
     }
     drop(dirty);
-    assert!(matches!(rig.store.commit(), Err(StoreError::Unfinished { tensor }) if tensor == "a"));
+    assert!(matches!(rig.store.commit(Value::Null), Err(StoreError::Unfinished { tensor }) if tensor == "a"));
 }
 
 #[test]
@@ -86,8 +87,8 @@ fn a_commit_writes_a_manifest_that_finds_every_tensor() {
     let rig = Rig::new(BackendChoice::Auto, 3, 3);
     let names = ["a", "weights/layer 3/0"];
     let tensors = names.map(|name| rig.tensor(name, 3));
-    let vacant = rig.store.reserve("vacant", BLOCK).unwrap();
-    rig.store.commit().unwrap();
+    let vacant = rig.store.reserve("vacant", BLOCK, Worth::State).unwrap();
+    rig.store.commit(Value::Null).unwrap();
     let path = rig.store.path().join("manifest");
     let manifest = Manifest::decode(&std::fs::read(&path).unwrap()).unwrap();
     let found: Vec<_> = manifest.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
@@ -95,10 +96,10 @@ fn a_commit_writes_a_manifest_that_finds_every_tensor() {
     assert!(!rig.store.path().join("manifest.new").exists());
 
     let storing = vacant.fill(rig.block(4)).unwrap().store();
-    assert!(matches!(rig.store.commit(), Err(StoreError::Unfinished { .. })));
+    assert!(matches!(rig.store.commit(Value::Null), Err(StoreError::Unfinished { .. })));
     assert_eq!(Manifest::decode(&std::fs::read(&path).unwrap()).unwrap(), manifest, "the last commit stays");
     drop((storing.wait().unwrap(), tensors));
-    rig.store.commit().unwrap();
+    rig.store.commit(Value::Null).unwrap();
 }
 
 #[test]
@@ -113,18 +114,21 @@ fn the_store_leaves_nothing_behind_unless_it_is_kept() {
     drop(tensor);
     assert!(!path.exists());
 
-    let kept = Store::create(&path, BLOCK as u64, &rig.engine).unwrap();
+    let kept = Store::create(&path, Durability::Step, room(1), &rig.engine).unwrap();
     kept.keep();
-    kept.commit().unwrap();
+    kept.commit(Value::Null).unwrap();
     drop(kept);
     assert!(path.join("data").exists() && path.join("manifest").exists());
-    assert!(matches!(Store::create(&path, BLOCK as u64, &rig.engine), Err(StoreError::Leftover { .. })));
+    assert!(matches!(
+        Store::create(&path, Durability::Step, room(1), &rig.engine),
+        Err(StoreError::Leftover { .. })
+    ));
 }
 
 #[test]
 fn two_stores_never_share_a_directory() {
     let rig = Rig::new(BackendChoice::Auto, 1, 1);
-    let error = Store::create(rig.store.path(), BLOCK as u64, &rig.engine).unwrap_err();
+    let error = Store::create(rig.store.path(), Durability::Step, room(1), &rig.engine).unwrap_err();
     assert!(
         matches!(error, StoreError::Locked { pid: Some(pid), .. } if pid == std::process::id()),
         "{error}"
@@ -137,7 +141,7 @@ fn a_full_disk_is_found_at_creation_and_nothing_is_left() {
     let rig = Rig::new(BackendChoice::Auto, 1, 1);
     let path = rig.folder.path().join("huge");
     assert!(matches!(Store::check(&path, 1 << 60), Err(StoreError::NoSpace { .. })));
-    let error = Store::create(&path, 1 << 60, &rig.engine).unwrap_err();
+    let error = Store::create(&path, Durability::Step, 1 << 60, &rig.engine).unwrap_err();
     assert!(
         matches!(error, StoreError::NoSpace { needed, available, .. } if needed == 1 << 60 && available < needed)
     );
@@ -147,9 +151,11 @@ fn a_full_disk_is_found_at_creation_and_nothing_is_left() {
 #[test]
 fn a_full_store_a_used_name_and_a_wrong_length_are_typed_errors() {
     let rig = Rig::new(BackendChoice::Auto, 1, 1);
-    let vacant = rig.store.reserve("a", BLOCK).unwrap();
-    assert!(matches!(rig.store.reserve("a", 1), Err(StoreError::DuplicateName { .. })));
-    assert!(matches!(rig.store.reserve("b", 1), Err(StoreError::Full { tensor, .. }) if tensor == "b"));
+    let vacant = rig.store.reserve("a", BLOCK, Worth::State).unwrap();
+    assert!(matches!(rig.store.reserve("a", 1, Worth::State), Err(StoreError::DuplicateName { .. })));
+    assert!(
+        matches!(rig.store.reserve("b", 1, Worth::State), Err(StoreError::Full { tensor, .. }) if tensor == "b")
+    );
     let mut short = rig.pool.lease(BLOCK).unwrap();
     drop(short.split_off(4096));
     let refused = vacant.fill(short).unwrap_err();

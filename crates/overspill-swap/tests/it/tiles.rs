@@ -1,5 +1,5 @@
-use overspill_swap::StoreError;
 use overspill_swap::tiles::{self, LoadingTiles, StoringTiles};
+use overspill_swap::{StoreError, Worth};
 use proptest::prelude::*;
 
 use crate::rig::{BACKENDS, BLOCK, Rig};
@@ -8,7 +8,7 @@ use crate::rig::{BACKENDS, BLOCK, Rig};
 fn a_row_of_tiles_is_one_piece_of_memory_again() {
     for backend in BACKENDS {
         let rig = Rig::new(backend, 1, 1);
-        let vacant = tiles::reserve(&rig.store, "row", BLOCK, 12 << 10).unwrap();
+        let vacant = tiles::reserve(&rig.store, "row", BLOCK, 12 << 10, Worth::State).unwrap();
         assert_eq!(vacant.len(), 6);
         let mut block = rig.pool.lease(BLOCK).unwrap();
         let pattern: Vec<u8> = (0..BLOCK).map(|i| (i / 4096 * 31 + i) as u8).collect();
@@ -29,7 +29,7 @@ fn a_row_of_tiles_is_one_piece_of_memory_again() {
 #[test]
 fn a_block_that_is_too_short_is_refused() {
     let rig = Rig::new(BACKENDS[0], 1, 2);
-    let vacant = tiles::reserve(&rig.store, "row", BLOCK + 4096, 32 << 10).unwrap();
+    let vacant = tiles::reserve(&rig.store, "row", BLOCK + 4096, 32 << 10, Worth::State).unwrap();
     let error = StoringTiles::fill(vacant, rig.pool.lease(BLOCK).unwrap()).unwrap_err();
     assert!(matches!(error, StoreError::WrongLength { tensor, .. } if tensor == "row/2"));
 }

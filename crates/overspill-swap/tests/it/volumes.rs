@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use overspill_io::{BackendChoice, Block, BlockClass, Engine, EngineConfig, IoError, Pool};
-use overspill_swap::{Manifest, Store, StoreError, Swapped, Volume, measure};
+use overspill_swap::{Durability, Manifest, Store, StoreError, Swapped, Volume, Worth, measure};
+use serde_json::Value;
 use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
@@ -37,7 +38,7 @@ impl Rig {
     }
 
     fn create(&self, capacity: usize) -> Result<Store, StoreError> {
-        Store::create_over(&self.volumes, capacity as u64)
+        Store::create_over(&self.volumes, Durability::None, capacity as u64)
     }
 
     fn directory(&self, volume: usize) -> &Path {
@@ -55,7 +56,7 @@ impl Rig {
     }
 
     fn tensor(&self, store: &Store, name: &str, bytes: usize, byte: u8) -> Swapped {
-        let vacant = store.reserve(name, bytes).unwrap();
+        let vacant = store.reserve(name, bytes, Worth::State).unwrap();
         vacant.fill(self.block(bytes, byte)).unwrap().store().wait().unwrap()
     }
 
@@ -130,7 +131,7 @@ fn a_volume_that_fails_fails_the_tensors_that_touch_it_and_no_others() {
 fn a_write_that_one_volume_fails_hands_the_whole_tensor_back() {
     let rig = Rig::new([1, 1], &[BackendChoice::Auto]);
     let store = rig.create(4 * MIB).unwrap();
-    let vacant = store.reserve("both", 2 * MIB).unwrap();
+    let vacant = store.reserve("both", 2 * MIB, Worth::State).unwrap();
     rig.volumes[1].engines[0].shutdown().unwrap();
     let failed = vacant.fill(rig.block(2 * MIB, 7)).unwrap().store().wait().unwrap_err();
     assert!(
@@ -141,7 +142,7 @@ fn a_write_that_one_volume_fails_hands_the_whole_tensor_back() {
     let dirty = failed.tensor.unwrap();
     assert_eq!(dirty.bytes(), vec![7; 2 * MIB]);
     drop(dirty);
-    assert!(matches!(store.commit(), Err(StoreError::Unfinished { .. })));
+    assert!(matches!(store.commit(Value::Null), Err(StoreError::Unfinished { .. })));
 }
 
 #[test]
@@ -176,7 +177,7 @@ fn volumes_that_are_kept_stay_and_the_manifest_says_what_lies_where() {
     let rig = Rig::new([1, 3], &[BackendChoice::Auto]);
     let store = rig.create(6 * MIB).unwrap();
     let tensor = rig.tensor(&store, "a", HALF, 1);
-    store.commit().unwrap();
+    store.commit(Value::Null).unwrap();
     store.keep();
     drop((store, tensor));
     assert!(rig.data(0).exists() && rig.data(1).exists());
@@ -201,7 +202,8 @@ fn a_volume_in_the_way_is_named_and_nothing_is_left_of_the_others() {
     // Found only when the first one has been made already.
     std::fs::remove_dir(rig.directory(1)).unwrap();
     let twice = Volume { directory: rig.directory(0).to_owned(), ..rig.volumes[1].clone() };
-    let refused = Store::create_over(&[rig.volumes[0].clone(), twice], MIB as u64).unwrap_err();
+    let refused =
+        Store::create_over(&[rig.volumes[0].clone(), twice], Durability::None, MIB as u64).unwrap_err();
     assert!(matches!(&refused, StoreError::Locked { path, .. } if path == rig.directory(0)), "{refused}");
     assert_eq!(rig.names(), [""; 0]);
 }
@@ -226,7 +228,7 @@ fn what_volumes_of_one_file_system_need_is_asked_for_together() {
 fn no_volumes_and_volumes_without_engines_are_refused() {
     let rig = Rig::new([1, 1], &[]);
     for volumes in [&[][..], &rig.volumes] {
-        let refused = Store::create_over(volumes, 1).unwrap_err();
+        let refused = Store::create_over(volumes, Durability::None, 1).unwrap_err();
         assert!(matches!(refused, StoreError::Io(IoError::Config { .. })), "{refused}");
     }
     assert_eq!(rig.names(), [""; 0]);
@@ -251,4 +253,35 @@ fn a_measurement_leaves_nothing_behind() {
     assert!(matches!(measure(disk, &rig.volumes[0].engines, &rig.pool), Err(StoreError::Pool(_))));
     drop(held);
     assert_eq!(rig.pool.leased_blocks(), 0);
+}
+
+#[test]
+fn volumes_are_opened_in_their_own_places_only() {
+    let rig = Rig::new([1, 1], &[BackendChoice::Auto]);
+    let store = rig.create(8 * MIB).unwrap();
+    drop(rig.tensor(&store, "both", 2 * MIB, 7));
+    store.commit(Value::Null).unwrap();
+    store.keep();
+    drop(store);
+    let other = Rig::new([1, 1], &[BackendChoice::Auto]);
+    let foreign = other.create(8 * MIB).unwrap();
+    foreign.commit(Value::Null).unwrap();
+    foreign.keep();
+    drop(foreign);
+
+    let open = |volumes: &[Volume]| Store::open_over(volumes, Durability::Step);
+    let [home, second] = [0, 1].map(|volume| rig.volumes[volume].clone());
+    let stranger = other.volumes[1].clone();
+    let refused = open(&[home.clone(), stranger.clone()]).unwrap_err();
+    assert!(
+        matches!(&refused, StoreError::ForeignVolume { path, .. } if path == &stranger.directory),
+        "{refused}"
+    );
+    assert!(matches!(open(&[second.clone(), home.clone()]), Err(StoreError::NothingCommitted { .. })));
+    assert!(matches!(open(std::slice::from_ref(&home)), Err(StoreError::Volumes { found: 1, .. })));
+    // Weights are those that the state was made with.
+    let store = open(&[home, Volume { weight: 9, ..second }]).unwrap();
+    let both = store.adopt("both", 2 * MIB).unwrap();
+    let resident = both.load(rig.pool.lease(2 * MIB).unwrap()).unwrap().wait().unwrap();
+    assert_eq!(resident.bytes(), vec![7; 2 * MIB]);
 }

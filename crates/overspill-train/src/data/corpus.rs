@@ -115,6 +115,14 @@ impl Corpus {
         }
     }
 
+    /// A checksum (XXH3-64) of all tokens.
+    pub fn digest(&self) -> u64 {
+        match &self.tokens {
+            Tokens::Bytes(bytes) => xxhash_rust::xxh3::xxh3_64(bytes),
+            Tokens::Ids(ids) => xxhash_rust::xxh3::xxh3_64(bytemuck::cast_slice(ids)),
+        }
+    }
+
     /// Where the tokens come from, in words for people.
     pub fn source(&self) -> &str {
         &self.source

@@ -115,6 +115,10 @@ impl Home for MemoryHome {
         Ok(())
     }
 
+    fn commit(&mut self, _step: u64) -> Result<(), TrainError> {
+        Ok(())
+    }
+
     fn io(&self) -> Option<IoReport> {
         None
     }

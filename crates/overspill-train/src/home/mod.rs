@@ -15,7 +15,7 @@ use overspill_optim::{AdamWConfig, AdamWStep, Isa};
 
 pub use self::buffer::Buffer;
 pub use self::memory::MemoryHome;
-pub use self::swapped::{IoReport, SwappedHome};
+pub use self::swapped::{IoReport, Site, SwappedHome};
 use crate::error::TrainError;
 use crate::layout::{Unit, UnitLayout};
 
@@ -93,6 +93,12 @@ pub trait Home {
     /// # Errors
     /// [`TrainError::Interrupted`] between two tiles, or what a transfer failed with.
     fn update(&mut self, update: &Update<'_>) -> Result<(), TrainError>;
+
+    /// Makes the state after `step` the one that a later run finds.
+    ///
+    /// # Errors
+    /// [`TrainError`] when it can't be made durable.
+    fn commit(&mut self, step: u64) -> Result<(), TrainError>;
 
     /// What the transfers did so far; `None` when there are none.
     fn io(&self) -> Option<IoReport>;

@@ -10,18 +10,20 @@
 
 use std::collections::VecDeque;
 use std::mem;
+use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
 use overspill_io::{Block, EngineStats, Pool, PoolError};
 use overspill_swap::pipeline::{self, Item, Lanes};
 use overspill_swap::tiles::{self, LoadingTiles, StoringTiles};
-use overspill_swap::{Store, StoreError, Swapped, Vacant, Volume};
+use overspill_swap::{Durability, Store, StoreError, Swapped, Vacant, Volume, Worth};
 
 use super::buffer::{Buffer, floats, floats_mut};
 use super::{GradientStart, Home, SavedInput, Source, Update, Visit};
 use crate::error::{TrainError, check_stop};
-use crate::layout::{ModelLayout, Unit};
+use crate::identity::Identity;
+use crate::layout::{ModelLayout, Unit, UnitLayout};
 use crate::plan::MemoryPlan;
 
 /// Keeps everything on storage.
@@ -29,6 +31,7 @@ use crate::plan::MemoryPlan;
 pub struct SwappedHome {
     layout: ModelLayout,
     plan: MemoryPlan,
+    identity: Identity,
     units: Vec<UnitState>,
     inputs: Vec<Place>,
     /// What the trainer will ask for, nearest first.
@@ -37,6 +40,47 @@ pub struct SwappedHome {
     ahead: VecDeque<(Visit, LoadingTiles)>,
     pool: Pool,
     store: Store,
+}
+
+/// Where a home's state lives, what a crash may cost there, and whose it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Site<'a> {
+    /// The directories and the engines that serve them; the first one is the store's home.
+    pub volumes: &'a [Volume],
+    /// What a crash may cost.
+    pub durability: Durability,
+    /// The run that the state is of.
+    pub identity: &'a Identity,
+}
+
+/// A long tensor of a unit, and the tiles that it is cut into.
+struct Array {
+    name: String,
+    bytes: usize,
+    tile_bytes: usize,
+}
+
+impl Array {
+    fn weights(unit: &UnitLayout, plan: &MemoryPlan) -> Self {
+        let (name, tile_bytes) = (format!("weights/{}", unit.unit), plan.tile_bytes());
+        Self { name, bytes: unit.padded_bytes(), tile_bytes }
+    }
+
+    fn gradient(unit: &UnitLayout, plan: &MemoryPlan) -> Self {
+        Self { name: format!("gradient/{}", unit.unit), ..Self::weights(unit, plan) }
+    }
+
+    /// Both moments of each tile, one behind the other.
+    fn moments(unit: &UnitLayout, plan: &MemoryPlan) -> Self {
+        let (name, tile_bytes) = (format!("moments/{}", unit.unit), 2 * plan.tile_bytes());
+        Self { name, bytes: 2 * unit.padded_bytes(), tile_bytes }
+    }
+}
+
+/// Room for a gradient, which no step finds from the one before.
+fn vacant_gradient(store: &Store, unit: &UnitLayout, plan: &MemoryPlan) -> Result<Place, StoreError> {
+    let Array { name, bytes, tile_bytes } = Array::gradient(unit, plan);
+    tiles::reserve(store, &name, bytes, tile_bytes, Worth::Scratch).map(Place::Vacant)
 }
 
 /// Totals of a home's transfers since it was made.
@@ -110,26 +154,27 @@ impl Place {
 }
 
 impl SwappedHome {
-    /// Creates the store over `volumes` and writes the initial state: weights from `source`, moments zero.
+    /// Creates the store and writes the initial state: weights from `source`, moments zero.
     ///
     /// # Errors
     /// [`TrainError`] when the store can't be created, a transfer fails, or `source` does; nothing is left behind.
     pub fn create(
         layout: &ModelLayout,
         plan: &MemoryPlan,
-        volumes: &[Volume],
+        site: Site<'_>,
         pool: &Pool,
         source: &mut Source<'_>,
     ) -> Result<Self, TrainError> {
-        let store = Store::create_over(volumes, plan.storage_bytes(layout))?;
+        let Site { volumes, durability, identity } = site;
+        let store = Store::create_over(volumes, durability, plan.storage_bytes(layout, durability))?;
         let mut units = Vec::with_capacity(layout.units().len());
         for unit in layout.units() {
-            let place = |what: &str, bytes, tile_bytes| {
-                tiles::reserve(&store, &format!("{what}/{}", unit.unit), bytes, tile_bytes)
+            let place = |array: Array| {
+                let Array { name, bytes, tile_bytes } = array;
+                tiles::reserve(&store, &name, bytes, tile_bytes, Worth::State)
             };
-            let weights = place("weights", unit.padded_bytes(), plan.tile_bytes())?;
-            let gradient = place("gradient", unit.padded_bytes(), plan.tile_bytes())?;
-            let moments = place("moments", 2 * unit.padded_bytes(), 2 * plan.tile_bytes())?;
+            let weights = place(Array::weights(unit, plan))?;
+            let moments = place(Array::moments(unit, plan))?;
 
             let mut block = lease_part(pool, plan.unit_block_bytes(layout, unit.unit), unit.padded_bytes())?;
             let values = floats_mut(&mut block);
@@ -146,14 +191,52 @@ impl SwappedHome {
             for zero in zeros {
                 moments.extend(zero.wait()?);
             }
-            units.push(UnitState { weights: weights.wait()?, gradient: Place::Vacant(gradient), moments });
+            let gradient = vacant_gradient(&store, unit, plan)?;
+            units.push(UnitState { weights: weights.wait()?, gradient, moments });
         }
+        Self::over(layout, plan, identity.clone(), pool, store, units)
+    }
+
+    /// Opens the state that an earlier run left, and says after which step it is.
+    ///
+    /// # Errors
+    /// [`TrainError::OtherRun`] when that run was not the same one, [`TrainError`] when the store can't be opened.
+    pub fn open(
+        layout: &ModelLayout,
+        plan: &MemoryPlan,
+        site: Site<'_>,
+        pool: &Pool,
+    ) -> Result<(Self, u64), TrainError> {
+        let Site { volumes, durability, identity } = site;
+        let store = Store::open_over(volumes, durability)?;
+        let step = identity.check(store.path(), &store.meta())?;
+        store.provide(plan.storage_bytes(layout, durability))?;
+        let mut units = Vec::with_capacity(layout.units().len());
+        for unit in layout.units() {
+            let adopt = |array: Array| tiles::adopt(&store, &array.name, array.bytes, array.tile_bytes);
+            let weights = adopt(Array::weights(unit, plan))?;
+            let moments = adopt(Array::moments(unit, plan))?;
+            units.push(UnitState { weights, gradient: vacant_gradient(&store, unit, plan)?, moments });
+        }
+        Ok((Self::over(layout, plan, identity.clone(), pool, store, units)?, step))
+    }
+
+    fn over(
+        layout: &ModelLayout,
+        plan: &MemoryPlan,
+        identity: Identity,
+        pool: &Pool,
+        store: Store,
+        units: Vec<UnitState>,
+    ) -> Result<Self, TrainError> {
+        let input = |i| store.reserve(format!("input/{i}"), plan.input_bytes(), Worth::Scratch);
         let inputs = (0..plan.saved_inputs())
-            .map(|i| Ok(Place::Vacant(vec![store.reserve(format!("input/{i}"), plan.input_bytes())?])))
+            .map(|i| Ok(Place::Vacant(vec![input(i)?])))
             .collect::<Result<_, StoreError>>()?;
         Ok(Self {
             layout: layout.clone(),
             plan: plan.clone(),
+            identity,
             units,
             inputs,
             upcoming: VecDeque::new(),
@@ -168,24 +251,14 @@ impl SwappedHome {
         self.store.note()
     }
 
-    /// Writes down what storage holds and leaves it there when this home is dropped.
-    ///
-    /// # Errors
-    /// [`StoreError`] when the state can't be made durable; it is removed then.
-    pub fn keep(&mut self) -> Result<(), StoreError> {
-        for unit in &mut self.units {
-            if matches!(unit.gradient, Place::Storing(_)) {
-                unit.gradient = Place::Swapped(unit.gradient.settle()?);
-            }
-        }
-        for input in &mut self.inputs {
-            if matches!(input, Place::Storing(_)) {
-                *input = Place::Swapped(input.settle()?);
-            }
-        }
-        self.store.commit()?;
+    /// Where the store's home is.
+    pub fn path(&self) -> &Path {
+        self.store.path()
+    }
+
+    /// Leaves the state on storage when this home is dropped.
+    pub fn keep(&self) {
         self.store.keep();
-        Ok(())
     }
 
     /// What was asked for next, from what was fetched ahead or now; then fetches further ahead.
@@ -353,6 +426,10 @@ impl Home for SwappedHome {
             }
         }
         Ok(())
+    }
+
+    fn commit(&mut self, step: u64) -> Result<(), TrainError> {
+        Ok(self.store.commit(self.identity.meta(step, self.plan.tile_bytes()))?)
     }
 
     fn io(&self) -> Option<IoReport> {

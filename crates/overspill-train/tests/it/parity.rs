@@ -15,7 +15,7 @@ use overspill_train::layout::{ModelLayout, Unit};
 use overspill_train::model::{BatchShape, Model, Weights};
 use overspill_train::plan::StepShape;
 use overspill_train::schedule::Schedule;
-use overspill_train::trainer::{BatchSource, Settings, Trainer};
+use overspill_train::trainer::{BatchSource, Commit, Settings, Trainer};
 use serde::Deserialize;
 
 /// What `reference.py make` writes beside the model.
@@ -144,6 +144,7 @@ fn agrees_with_the_reference(arguments: &[&str]) {
         clip: Some(reference.clip),
         adamw: AdamWConfig { beta1: reference.betas.0, beta2: reference.betas.1, eps: 1e-8 },
         isa: Isa::detect(),
+        commit: Commit::OnDemand,
     };
     let mut units = opened.units.iter();
     let home = MemoryHome::new(&opened.layout, &mut |_, weights| {

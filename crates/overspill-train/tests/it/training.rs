@@ -5,15 +5,16 @@ use std::sync::atomic::AtomicBool;
 
 use overspill_io::{BackendChoice, Engine, EngineConfig, Pool};
 use overspill_optim::{AdamWConfig, Isa};
-use overspill_swap::{StoreError, Volume};
+use overspill_swap::{Durability, StoreError, Volume};
 use overspill_train::config::ModelConfig;
 use overspill_train::data::{Batches, Corpus, Tokenizer};
-use overspill_train::home::{Home, MemoryHome, SwappedHome};
+use overspill_train::home::{Home, MemoryHome, Site, SwappedHome};
+use overspill_train::identity::Identity;
 use overspill_train::layout::{ModelLayout, UnitLayout};
 use overspill_train::model::BatchShape;
-use overspill_train::plan::{MemoryPlan, StepShape};
+use overspill_train::plan::{Fixed, MemoryPlan, StepShape};
 use overspill_train::schedule::Schedule;
-use overspill_train::trainer::{BatchSource, Settings, Trainer};
+use overspill_train::trainer::{BatchSource, Commit, Settings, Trainer};
 use overspill_train::{Initializer, TrainError};
 
 const STEPS: u64 = 4;
@@ -49,8 +50,10 @@ impl Case {
 
     fn plan(&self, depth: usize) -> MemoryPlan {
         // The least that will do makes the shortest tiles, so that units have many.
-        let error = MemoryPlan::new(&self.config, &self.layout, self.shape, Some(depth), 0, 0).unwrap_err();
-        MemoryPlan::new(&self.config, &self.layout, self.shape, Some(depth), 0, error.least).unwrap()
+        let error = MemoryPlan::new(&self.config, &self.layout, self.shape, Fixed::depth(Some(depth)), 0, 0)
+            .unwrap_err();
+        MemoryPlan::new(&self.config, &self.layout, self.shape, Fixed::depth(Some(depth)), 0, error.least)
+            .unwrap()
     }
 
     fn trainer<H: Home>(&self, home: H) -> Trainer<H, Batches> {
@@ -61,6 +64,7 @@ impl Case {
             clip: Some(0.8),
             adamw: AdamWConfig::default(),
             isa: Isa::detect(),
+            commit: Commit::OnDemand,
         };
         let corpus = Corpus::embedded(&Tokenizer::Bytes).unwrap();
         let batches = Batches::new(corpus, self.config.vocab, self.shape.batch, self.seed).unwrap();
@@ -139,7 +143,9 @@ impl Storage {
         let volumes: Vec<_> = ["store", "second", "third"].into_iter().zip(volumes).map(volume).collect();
         let first = Initializer::new(&case.config, &case.layout, case.seed);
         let fill = &mut drawn(&first);
-        let home = SwappedHome::create(&case.layout, &plan, &volumes, &pool, fill).unwrap();
+        let identity = Identity::default();
+        let site = Site { volumes: &volumes, durability: Durability::None, identity: &identity };
+        let home = SwappedHome::create(&case.layout, &plan, site, &pool, fill).unwrap();
         Self { trainer: case.trainer(home), pool, folder }
     }
 }
@@ -225,6 +231,7 @@ fn micro_batches_add_up_to_the_batch_they_are_parts_of() {
             clip: None,
             adamw: AdamWConfig::default(),
             isa: Isa::detect(),
+            commit: Commit::OnDemand,
         };
         let mut trainer =
             Trainer::new(&case.config, &case.layout, settings, home, Whole { ids: ids.clone(), batch });
@@ -232,6 +239,44 @@ fn micro_batches_add_up_to_the_batch_they_are_parts_of() {
     };
     for (whole, halves) in loss(2, 1).into_iter().zip(loss(1, 2)) {
         assert!((whole - halves).abs() < 1e-4 * whole, "{whole} and {halves}");
+    }
+}
+
+#[test]
+fn a_resumed_run_has_the_bits_of_one_that_was_never_interrupted() {
+    for case in [Case::tied(5), Case::untied(6)] {
+        let reference = case.in_memory();
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let plan = case.plan(1);
+        let pool = Pool::new(&plan.classes()).unwrap();
+        let engine = Engine::start(EngineConfig::default(), &pool).unwrap();
+        let volumes = [Volume { directory: folder.path().join("store"), engines: vec![engine], weight: 1 }];
+        let identity = Identity::default().with("--seed", &case.seed);
+        let site = Site { volumes: &volumes, durability: Durability::Step, identity: &identity };
+        let first = Initializer::new(&case.config, &case.layout, case.seed);
+        let home = SwappedHome::create(&case.layout, &plan, site, &pool, &mut drawn(&first)).unwrap();
+        home.keep();
+        let mut trainer = case.trainer(home);
+        let mut losses = Vec::new();
+        for step in 1..=STEPS {
+            losses.push(trainer.step(&RUNNING).unwrap().loss.to_bits());
+            trainer.home().commit(step).unwrap();
+            if step == 2 {
+                // A step that is never committed is as if it had not been.
+                let lost = trainer.step(&RUNNING).unwrap();
+                assert_eq!(lost.loss.to_bits(), reference.losses[2]);
+            }
+            drop(trainer);
+            let (home, found) = SwappedHome::open(&case.layout, &plan, site, &pool).unwrap();
+            assert_eq!(found, step);
+            trainer = case.trainer(home).after(found);
+        }
+        assert_eq!(losses, reference.losses);
+        drop(trainer);
+        let other = Identity::default().with("--seed", &(case.seed + 1));
+        let refused =
+            SwappedHome::open(&case.layout, &plan, Site { identity: &other, ..site }, &pool).unwrap_err();
+        assert!(matches!(&refused, TrainError::OtherRun { what, .. } if what == "--seed"), "{refused}");
     }
 }
 

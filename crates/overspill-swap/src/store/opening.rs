@@ -1,0 +1,267 @@
+//! Making, opening and restoring stores: directories, locks, data files, and the manifest that says what they hold.
+
+use std::collections::HashSet;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use overspill_io::{Engine, Lane, Space, Stripes};
+use rustix::fs::{Mode, OFlags};
+
+use super::{Inner, Standing, State, Store, failed};
+use crate::directory::{self, Directory, MANIFEST, MANIFEST_PREVIOUS};
+use crate::error::StoreError;
+use crate::extent::EXTENT_ALIGNMENT;
+use crate::ledger::{Conflict, Durability, Ledger};
+use crate::manifest::{Manifest, ManifestError};
+use crate::snapshot::{self, Snapshot};
+use crate::volume::{self, Volume};
+
+impl Store {
+    /// Creates the directory `path` (its parent must exist), locks it, and preallocates `capacity_bytes` of data.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] or [`StoreError::Leftover`] when the directory exists, [`StoreError::NoSpace`] when
+    /// the file system is too full, [`StoreError::Directory`] and [`StoreError::Io`] for anything else the system
+    /// refuses. Nothing is left behind then.
+    pub fn create(
+        path: &Path,
+        durability: Durability,
+        capacity_bytes: u64,
+        engine: &Engine,
+    ) -> Result<Self, StoreError> {
+        Self::create_over(&[Volume::single(path, engine)], durability, capacity_bytes)
+    }
+
+    /// As [`Store::create`], with the data spread over several volumes in proportion to their weights. The first one
+    /// is the store's home.
+    ///
+    /// # Errors
+    /// As [`Store::create`], naming the volume; [`IoError::Config`] for no volumes, and for one without engines or
+    /// weight.
+    pub fn create_over(
+        volumes: &[Volume],
+        durability: Durability,
+        capacity_bytes: u64,
+    ) -> Result<Self, StoreError> {
+        let weights = volume::lane_weights(volumes)?;
+        let shares: Vec<_> = volumes.iter().map(|volume| (&*volume.directory, volume.weight)).collect();
+        Self::check_over(&shares, capacity_bytes)?;
+        let capacity_bytes = aligned(capacity_bytes);
+        let identity = RandomState::new().build_hasher().finish().max(1);
+        let create = |(index, volume): (usize, &Volume)| {
+            let label = directory::label(identity, index);
+            Directory::create(&volume.directory, volume.engines.len(), &label)
+        };
+        let directories = volumes.iter().enumerate().map(create).collect::<Result<Vec<_>, _>>()?;
+        let mut lanes = Vec::with_capacity(weights.len());
+        for ((engine, path), weight) in data_files(volumes, &directories).zip(weights) {
+            lanes.push(Lane { engine: engine.clone(), file: engine.create(&path)?, weight });
+        }
+        let space = Space::new(lanes, Stripes::BYTES_DEFAULT)?;
+        space.allocate(capacity_bytes)?;
+        for directory in &directories {
+            directory.sync_names().map_err(|source| failed("flush", directory.path(), source))?;
+        }
+        let ledger = Ledger::new(durability, capacity_bytes);
+        Ok(Self::over(space, directories, ledger, identity, &Manifest::default(), Standing::Nothing))
+    }
+
+    /// Opens the directory of a process that has ended, at its last commit; snapshots included.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] when its owner lives, [`StoreError::NothingCommitted`] when there is no manifest,
+    /// [`StoreError::Manifest`] when it, or a snapshot's, is damaged or of an unknown version,
+    /// [`StoreError::Truncated`] when a data file is shorter than the manifest says, [`StoreError::Volumes`] when the
+    /// state lies in more data files than one, [`StoreError::Directory`] and [`StoreError::Io`] for what the system
+    /// refuses. Nothing is changed then.
+    pub fn open(path: &Path, durability: Durability, engine: &Engine) -> Result<Self, StoreError> {
+        Self::open_over(&[Volume::single(path, engine)], durability)
+    }
+
+    /// As [`Store::open`], with all volumes in the order in which they were created, and as many engines for each as it
+    /// has data files. The weights are those of the manifest.
+    ///
+    /// # Errors
+    /// As [`Store::open`], naming the volume; [`StoreError::ForeignVolume`] when one is another store's, or in another's
+    /// place.
+    pub fn open_over(volumes: &[Volume], durability: Durability) -> Result<Self, StoreError> {
+        let open = |volume: &Volume| Directory::open(&volume.directory, volume.engines.len());
+        let directories = volumes.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let path = volumes.first().map_or(Path::new(""), |home| &home.directory);
+        let manifest_path = path.join(MANIFEST);
+        let manifest = Self::committed(path)?;
+        let found = data_files(volumes, &directories).count();
+        if manifest.lanes.len() != found {
+            let files = manifest.lanes.into_iter().map(|lane| lane.file).collect();
+            return Err(StoreError::Volumes { path: manifest_path, files, found });
+        }
+        for (index, volume) in directories.iter().enumerate() {
+            if manifest.store != 0 && volume.label()? != directory::label(manifest.store, index) {
+                let (path, home) = (volume.path().to_owned(), path.to_owned());
+                return Err(StoreError::ForeignVolume { path, home });
+            }
+        }
+        let mut lanes = Vec::with_capacity(found);
+        for ((engine, path), record) in data_files(volumes, &directories).zip(&manifest.lanes) {
+            lanes.push(Lane { engine: engine.clone(), file: engine.open(&path)?, weight: record.weight });
+        }
+        let space = Space::new(lanes, manifest.stripe_bytes)?;
+        let snapshots = snapshot::list(path)?;
+        // The data files grow and never shrink; a restored snapshot knows only how long they were then.
+        let capacities = snapshots.iter().map(|snapshot| snapshot.manifest.capacity());
+        let capacity_bytes = capacities.fold(manifest.capacity(), u64::max);
+        for (index, lane) in space.lanes().iter().enumerate() {
+            let (length, needed) = (lane.file.len()?, space.stripes().lane_bytes(index, capacity_bytes));
+            if length < needed {
+                return Err(StoreError::Truncated { path: lane.file.path().to_owned(), length, needed });
+            }
+        }
+        let contradicts = |path: PathBuf| {
+            |Conflict { tensor }| StoreError::Manifest {
+                path,
+                source: ManifestError::Malformed { reason: format!("tensor {tensor} has bytes of another") },
+            }
+        };
+        let mut ledger = Ledger::restore(durability, capacity_bytes, &manifest.tensors)
+            .map_err(contradicts(manifest_path))?;
+        for Snapshot { name, manifest: pinned } in snapshots {
+            let path = snapshot::path(path, &name);
+            let weights =
+                |manifest: &Manifest| -> Vec<_> { manifest.lanes.iter().map(|lane| lane.weight).collect() };
+            if (pinned.stripe_bytes, weights(&pinned)) != (manifest.stripe_bytes, weights(&manifest)) {
+                let reason = "its bytes are dealt to other data files".to_owned();
+                return Err(StoreError::Manifest { path, source: ManifestError::Malformed { reason } });
+            }
+            ledger.pin(&name, &pinned.tensors).map_err(contradicts(path))?;
+        }
+        for directory in &directories {
+            directory.sign()?;
+        }
+        let standing = Standing::Committed { meta: manifest.meta.clone() };
+        Ok(Self::over(space, directories, ledger, manifest.store, &manifest, standing))
+    }
+
+    /// What was committed to the store in `path`, whoever has it open.
+    ///
+    /// # Errors
+    /// [`StoreError::NothingCommitted`], [`StoreError::Manifest`], [`StoreError::Directory`].
+    pub fn committed(path: &Path) -> Result<Manifest, StoreError> {
+        match directory::read_manifest(&path.join(MANIFEST)) {
+            Err(StoreError::Directory { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Err(StoreError::NothingCommitted { path: path.to_owned() })
+            }
+            read => read,
+        }
+    }
+
+    /// Number of data files in a volume's directory; 0 if there is no such directory.
+    pub fn data_files(directory: &Path) -> usize {
+        (0..).take_while(|&number| directory.join(directory::data_name(number)).exists()).count()
+    }
+
+    /// Makes a snapshot the current generation of a store that nobody has open. The snapshot stays.
+    ///
+    /// # Errors
+    /// As [`Store::open`], and [`StoreError::NoSnapshot`].
+    pub fn restore(path: &Path, snapshot: &str) -> Result<(), StoreError> {
+        snapshot::check_name(snapshot)?;
+        let directory = Directory::open(path, 0)?;
+        let known = snapshot::names(path)?;
+        if !known.iter().any(|name| name == snapshot) {
+            let (name, path) = (snapshot.to_owned(), path.to_owned());
+            return Err(StoreError::NoSnapshot { name, path, known });
+        }
+        Self::make_current(&directory, &snapshot::path(path, snapshot))
+    }
+
+    /// Makes the generation before the last commit the current one again, of a store that nobody has open: what it
+    /// has lost since shows when it is verified.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn restore_previous(path: &Path) -> Result<(), StoreError> {
+        let directory = Directory::open(path, 0)?;
+        Self::make_current(&directory, &path.join(MANIFEST_PREVIOUS))
+    }
+
+    /// Commits the generation that `manifest` describes once more, under a number of its own.
+    fn make_current(directory: &Directory, manifest: &Path) -> Result<(), StoreError> {
+        let mut next = directory::read_manifest(manifest)?;
+        // The one that is current now may be what is damaged.
+        let current = directory::read_manifest(&directory.path().join(MANIFEST));
+        let generation = current.map_or(next.generation, |current| current.generation);
+        next.generation = generation.max(next.generation).saturating_add(1);
+        directory.sign()?;
+        directory.publish(&next.encode())
+    }
+
+    fn over(
+        space: Space,
+        mut directories: Vec<Directory>,
+        ledger: Ledger,
+        store: u64,
+        manifest: &Manifest,
+        standing: Standing,
+    ) -> Self {
+        let &Manifest { generation, bytes_written, .. } = manifest;
+        let state = State { ledger, claimed: HashSet::new(), standing, store, generation, bytes_written };
+        let home = directories.remove(0);
+        let inner = Inner { space, others: directories, home, state: Mutex::new(state) };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Finds out, without making anything, what [`Store::create`] would refuse: a directory in the way, a parent that
+    /// is none, a file system that is too full.
+    ///
+    /// # Errors
+    /// As [`Store::create`].
+    pub fn check(path: &Path, capacity_bytes: u64) -> Result<(), StoreError> {
+        Self::check_over(&[(path, 1)], capacity_bytes)
+    }
+
+    /// As [`Store::check`], for the directories and weights of several volumes. Those on one file system are asked
+    /// for together.
+    ///
+    /// # Errors
+    /// As [`Store::create_over`].
+    pub fn check_over(volumes: &[(&Path, u32)], capacity_bytes: u64) -> Result<(), StoreError> {
+        let capacity = aligned(capacity_bytes);
+        let stripes = volume::stripes(volumes.iter().map(|&(_, weight)| weight.into()))?;
+        let mut claims: Vec<(u64, u64)> = Vec::with_capacity(volumes.len());
+        for (index, &(path, _)) in volumes.iter().enumerate() {
+            Directory::check_free(path)?;
+            let parent = directory::parent(path);
+            let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY;
+            let (space, device) = rustix::fs::open(parent, flags, Mode::empty())
+                .and_then(|parent| Ok((rustix::fs::fstatvfs(&parent)?, rustix::fs::fstat(&parent)?.st_dev)))
+                .map_err(|errno| failed("create", path, errno.into()))?;
+            claims.push((device, stripes.lane_bytes(index, capacity)));
+            let needed = claims
+                .iter()
+                .filter(|claim| claim.0 == device)
+                .fold(0_u64, |sum, claim| sum.saturating_add(claim.1));
+            let available = space.f_bavail.saturating_mul(space.f_frsize);
+            if available < needed {
+                return Err(StoreError::NoSpace { path: parent.to_owned(), needed, available });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// More than any file can have stays more than that.
+fn aligned(bytes: u64) -> u64 {
+    bytes.checked_next_multiple_of(EXTENT_ALIGNMENT).unwrap_or(u64::MAX - u64::MAX % EXTENT_ALIGNMENT)
+}
+
+/// Every volume's data files, each with its engine, in the order of the lanes.
+fn data_files<'a>(
+    volumes: &'a [Volume],
+    directories: &'a [Directory],
+) -> impl Iterator<Item = (&'a Engine, PathBuf)> {
+    volumes.iter().zip(directories).flat_map(|(volume, directory)| {
+        volume.engines.iter().enumerate().map(|(ring, engine)| (engine, directory.data(ring)))
+    })
+}
