@@ -30,7 +30,7 @@ pub enum StoreError {
         pid: Option<u32>,
     },
     /// The directory exists and nobody alive owns it.
-    #[error("{path} already exists; it may hold an earlier run: remove it or give this run another directory",
+    #[error("{path} already exists; it may hold an earlier run: resume it, remove it, or give this run another directory",
         path = path.display())]
     Leftover {
         /// The directory.
