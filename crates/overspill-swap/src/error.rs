@@ -188,7 +188,7 @@ pub enum StoreError {
         known: Vec<String>,
     },
     /// There is no committed state.
-    #[error("{path} has no committed state: remove it and start again", path = path.display())]
+    #[error("{path} has no committed state to go on from: start anew, without it", path = path.display())]
     NothingCommitted {
         /// The store's directory.
         path: PathBuf,

@@ -51,7 +51,7 @@ impl fmt::Debug for Id {
 
 /// A tensor with room on storage and no contents yet.
 #[derive(Debug)]
-#[must_use = "a dropped tensor keeps its room on storage and has to be adopted again"]
+#[must_use = "a dropped tensor without contents keeps its name, and nobody gets it any more"]
 pub struct Vacant(Id);
 
 /// A tensor whose only copy is on storage.
