@@ -142,6 +142,7 @@ impl File {
     /// [`IoError::File`] if the file system cannot say.
     pub fn len(&self) -> Result<u64, IoError> {
         let failed = |errno| self.failed("measure", errno);
+        check_power(&self.inner.doorbell).map_err(failed)?;
         if self.is_disk() {
             // Its status says 0. Nobody else uses the descriptor's position.
             return rustix::fs::seek(self, SeekFrom::End(0)).map_err(failed);
@@ -173,7 +174,7 @@ impl File {
         }
         let length = self.len()?;
         let allocate = || rustix::fs::fallocate(self, FallocateFlags::empty(), 0, bytes);
-        match rustix::io::retry_on_intr(allocate) {
+        match self.resize(allocate) {
             Err(Errno::NOSPC | Errno::DQUOT) => {
                 // Some file systems have made it as long as they could.
                 self.truncate(length)?;
@@ -198,8 +199,12 @@ impl File {
     /// [`IoError::File`]. After that nothing is known about what was written since the last success, and trying
     /// again does not tell: the kernel reports a failed flush once.
     pub fn sync(&self) -> Result<(), IoError> {
-        let flush = || rustix::fs::fdatasync(self);
-        rustix::io::retry_on_intr(flush).map_err(|errno| self.failed("flush", errno))
+        let failed = |errno| self.failed("flush", errno);
+        #[cfg(feature = "sim")]
+        if let Some(power) = self.inner.doorbell.power() {
+            return power.flush(self).map_err(failed);
+        }
+        rustix::io::retry_on_intr(|| rustix::fs::fdatasync(self)).map_err(failed)
     }
 
     /// Whether whoever starts a transfer waits for the device there and then, as the page cache makes them.
@@ -214,8 +219,16 @@ impl File {
 
     /// Cuts the file off behind its first `bytes` bytes.
     pub(crate) fn truncate(&self, bytes: u64) -> Result<(), IoError> {
-        let cut = || rustix::fs::ftruncate(self, bytes);
-        rustix::io::retry_on_intr(cut).map_err(|errno| self.failed("cut", errno))
+        self.resize(|| rustix::fs::ftruncate(self, bytes)).map_err(|errno| self.failed("cut", errno))
+    }
+
+    /// Changes the file's length by `act`.
+    fn resize(&self, act: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno> {
+        #[cfg(feature = "sim")]
+        if let Some(power) = self.inner.doorbell.power() {
+            return power.resize(self, || rustix::io::retry_on_intr(act));
+        }
+        rustix::io::retry_on_intr(act)
     }
 
     /// The same for everything that is open on one file of one file system.
@@ -257,6 +270,7 @@ impl File {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | extra;
         let failed =
             |errno: Errno| IoError::File { action, path: path.to_owned(), errno: errno.raw_os_error() };
+        check_power(doorbell).map_err(failed)?;
         let open = || rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR);
         let fd = rustix::io::retry_on_intr(open).map_err(failed)?;
         let stat = rustix::fs::fstat(&fd).map_err(failed)?;
@@ -295,6 +309,16 @@ impl Drop for Inner {
             self.doorbell.ring();
         }
     }
+}
+
+/// Fails if the engine's device has lost its power, as only a simulated one can.
+fn check_power(doorbell: &Doorbell) -> Result<(), Errno> {
+    #[cfg(feature = "sim")]
+    if let Some(power) = doorbell.power() {
+        return power.check();
+    }
+    let _none_to_lose = doorbell;
+    Ok(())
 }
 
 /// Turns the page cache off where that works, and says how transfers go.

@@ -97,7 +97,7 @@
 //! [`EngineReport::degraded`].
 //!
 //! With the feature `sim` there is one more, for tests: a simulated kernel that moves real bytes, but answers late, out
-//! of order, in part or with errors, all by a seed.
+//! of order, in part or with errors, all by a seed, and that can lose its power.
 
 mod backend;
 mod engine;
@@ -110,6 +110,8 @@ mod sync;
 
 #[cfg(feature = "sim")]
 pub use backend::fate::SimConfig;
+#[cfg(feature = "sim")]
+pub use backend::power::Power;
 pub use backend::{BackendChoice, BackendKind, UnknownBackend};
 pub use engine::Engine;
 pub use engine::config::{EngineConfig, EngineReport};

@@ -13,16 +13,19 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{CWD, OFlags, RenameFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::error::StoreError;
 use crate::manifest::Manifest;
+use crate::names;
 
 const EPERM: i32 = Errno::PERM.raw_os_error();
 const EOPNOTSUPP: i32 = Errno::OPNOTSUPP.raw_os_error();
 const ENOSYS: i32 = Errno::NOSYS.raw_os_error();
 const EMLINK: i32 = Errno::MLINK.raw_os_error();
+const ENOSPC: i32 = Errno::NOSPC.raw_os_error();
+const EDQUOT: i32 = Errno::DQUOT.raw_os_error();
 
 /// The extents, or a part of them; further parts in the same directory are numbered.
 const DATA: &str = "data";
@@ -43,6 +46,9 @@ const LOCK: &str = "lock";
 
 /// Longest manifest that is read, in bytes: some eight million tensors.
 const MANIFEST_BYTES_MAX: u64 = 1 << 30;
+
+/// How many directories of killed processes may be in the way of one that is made.
+const ASIDE_MAX: u32 = 100;
 
 /// Longest label that is read, in bytes.
 const LABEL_BYTES_MAX: u64 = 64;
@@ -65,11 +71,10 @@ impl Directory {
     pub(crate) fn create(path: &Path, data_files: usize, label: &str) -> Result<Self, StoreError> {
         Self::check_free(path)?;
         let failed = |source| StoreError::Directory { action: "create", path: path.to_owned(), source };
-        let made = path.with_added_extension(format!("new-{}", std::process::id()));
-        DirBuilder::new().mode(0o700).create(&made).map_err(failed)?;
+        let made = make_aside(path).map_err(failed)?;
         let published = create_lock(&made.join(LOCK)).and_then(|lock| {
-            write_new(&made.join(VOLUME), label.as_bytes())?;
-            publish(&made, path)?;
+            names::write_new(&made.join(VOLUME), label.as_bytes())?;
+            names::publish(&made, path)?;
             Ok(lock)
         });
         match published {
@@ -163,32 +168,62 @@ impl Directory {
     /// Writes the current manifest: aside, made durable, and renamed, so that a reader finds the old one or the new
     /// one. The old one stays as the previous one.
     pub(crate) fn publish(&self, manifest: &[u8]) -> Result<(), StoreError> {
+        self.prepare(manifest)?;
+        self.replace()
+    }
+
+    /// Writes the next manifest aside, durably, and keeps a name for the current one. Whatever fails, the current one
+    /// is the one that is found, and this can be tried again.
+    pub(crate) fn prepare(&self, manifest: &[u8]) -> Result<(), StoreError> {
+        let [aside, outgoing, current] =
+            [MANIFEST_NEW, MANIFEST_OLD, MANIFEST].map(|name| self.path.join(name));
+        let write = || -> io::Result<()> {
+            names::remove(&aside).or_else(tolerate_missing)?;
+            names::remove(&outgoing).or_else(tolerate_missing)?;
+            names::write_new(&aside, manifest)?;
+            // The previous one goes only after the next one has come: it may be what is restored.
+            give_another_name(&current, &outgoing).or_else(tolerate_missing)
+        };
+        write().map_err(|source| match source.raw_os_error() {
+            Some(errno @ (ENOSPC | EDQUOT)) => {
+                // What was written of it would be in the way of whoever makes room.
+                drop(names::remove(&aside));
+                let (needed, available) = (manifest.len() as u64, self.available());
+                StoreError::DiskFull { path: aside.clone(), needed, available, errno }
+            }
+            _ => StoreError::Directory { action: "write", path: aside.clone(), source },
+        })
+    }
+
+    /// Lets the manifest that was prepared take the place of the current one. If this fails, either of them may be
+    /// found.
+    pub(crate) fn replace(&self) -> Result<(), StoreError> {
         let [aside, outgoing, current, previous] =
             [MANIFEST_NEW, MANIFEST_OLD, MANIFEST, MANIFEST_PREVIOUS].map(|name| self.path.join(name));
-        let write = || -> io::Result<()> {
-            std::fs::remove_file(&aside).or_else(tolerate_missing)?;
-            std::fs::remove_file(&outgoing).or_else(tolerate_missing)?;
-            write_new(&aside, manifest)?;
-            // The previous one goes only after the next one has come: it may be what is restored.
-            give_another_name(&current, &outgoing).or_else(tolerate_missing)?;
-            std::fs::rename(&aside, &current)?;
-            std::fs::rename(&outgoing, &previous).or_else(tolerate_missing)?;
+        let rename = || -> io::Result<()> {
+            names::rename(&aside, &current)?;
+            names::rename(&outgoing, &previous).or_else(tolerate_missing)?;
             self.sync()
         };
-        write().map_err(|source| StoreError::Directory { action: "replace", path: current.clone(), source })
+        rename().map_err(|source| StoreError::Directory { action: "replace", path: current.clone(), source })
+    }
+
+    /// Bytes that the file system has left; 0 if it does not say.
+    fn available(&self) -> u64 {
+        rustix::fs::statvfs(&self.path).map_or(0, |space| space.f_bavail.saturating_mul(space.f_frsize))
     }
 
     /// Takes the manifests away, durably.
     pub(crate) fn withdraw(&self) -> io::Result<()> {
         for name in [MANIFEST, MANIFEST_OLD, MANIFEST_PREVIOUS] {
-            std::fs::remove_file(self.path.join(name)).or_else(tolerate_missing)?;
+            names::remove(&self.path.join(name)).or_else(tolerate_missing)?;
         }
         self.sync()
     }
 
     /// Makes the names in the directory durable.
     pub(crate) fn sync(&self) -> io::Result<()> {
-        File::open(&self.path)?.sync_all()
+        names::sync(&self.path)
     }
 
     /// Makes the names in the directory, and its own, durable.
@@ -200,9 +235,17 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        if self.kept.load(Ordering::Relaxed) {
-            return;
+        if !self.kept.load(Ordering::Relaxed) {
+            self.remove();
         }
+        // Closing would do, but for a process that was forked meanwhile and has the descriptor, too.
+        drop(self.lock.unlock());
+    }
+}
+
+impl Directory {
+    /// Removes what is its own.
+    fn remove(&mut self) {
         let files = self.files.get_mut().unwrap_or_else(PoisonError::into_inner);
         // The lock goes last: as long as anything else is left, the directory is recognizably ours.
         for name in files.iter().map(String::as_str).chain([VOLUME, LOCK]) {
@@ -251,11 +294,17 @@ fn read_file(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Makes a file that does not exist yet, durably but for its name.
-fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
+/// Makes an empty directory beside `path`. Processes have one number after the other, so there may be some of earlier
+/// ones that were killed before they gave theirs its name.
+fn make_aside(path: &Path) -> io::Result<PathBuf> {
+    let mut attempt = 0;
+    loop {
+        let made = path.with_added_extension(format!("new-{}-{attempt}", std::process::id()));
+        match DirBuilder::new().mode(0o700).create(&made) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempt < ASIDE_MAX => attempt += 1,
+            created => return created.map(|()| made),
+        }
+    }
 }
 
 fn open_lock(directory: &Path, options: &mut OpenOptions) -> io::Result<File> {
@@ -270,25 +319,15 @@ fn tolerate_missing(error: io::Error) -> io::Result<()> {
 /// Lets a file that nobody will change have one more name, which must be free; on a file system where files have one
 /// name only, it is copied.
 pub(crate) fn give_another_name(file: &Path, name: &Path) -> io::Result<()> {
-    match std::fs::hard_link(file, name) {
+    match names::link(file, name) {
         Err(error) if matches!(error.raw_os_error(), Some(EPERM | EOPNOTSUPP | ENOSYS | EMLINK)) => {
             // Under a name that nobody reads until it is whole.
             let aside = file.with_file_name(MANIFEST_COPY);
-            std::fs::remove_file(&aside).or_else(tolerate_missing)?;
-            write_new(&aside, &read_file(file, MANIFEST_BYTES_MAX)?)?;
-            publish(&aside, name)
+            names::remove(&aside).or_else(tolerate_missing)?;
+            names::write_new(&aside, &read_file(file, MANIFEST_BYTES_MAX)?)?;
+            names::publish(&aside, name)
         }
         linked => linked,
-    }
-}
-
-/// Gives what was made its name, unless somebody has it.
-fn publish(made: &Path, path: &Path) -> io::Result<()> {
-    match rustix::fs::renameat_with(CWD, made, CWD, path, RenameFlags::NOREPLACE) {
-        Ok(()) => Ok(()),
-        // A file system without the flag: a directory with a file in it is not replaced either.
-        Err(Errno::INVAL | Errno::NOSYS) => std::fs::rename(made, path),
-        Err(errno) => Err(errno.into()),
     }
 }
 
@@ -335,6 +374,31 @@ mod tests {
         drop(owner);
         assert!(matches!(Directory::create(&path, 1, "label"), Err(StoreError::Leftover { .. })));
         assert!(path.join(LOCK).exists());
+    }
+
+    #[test]
+    fn the_lock_ends_with_its_owner_whoever_has_inherited_the_descriptor() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("store");
+        let owner = Directory::create(&path, 1, "label").unwrap();
+        owner.keep();
+        let _inherited = owner.lock.try_clone().unwrap();
+        drop(owner);
+        drop(Directory::open(&path, 1).unwrap());
+        let again = Directory::open(&path, 1).unwrap();
+        assert!(matches!(Directory::open(&path, 1), Err(StoreError::Locked { .. })));
+        drop(again);
+    }
+
+    #[test]
+    fn what_a_process_of_the_same_number_left_half_made_is_not_in_the_way() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("store");
+        let left = make_aside(&path).unwrap();
+        std::fs::write(left.join(LOCK), "1").unwrap();
+        drop(Directory::create(&path, 1, "label").unwrap());
+        assert!(!path.exists() && left.join(LOCK).exists());
+        assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -46,6 +46,22 @@ pub enum StoreError {
         /// Bytes the file system has left.
         available: u64,
     },
+    /// The file system has no room for what has to be written.
+    #[error(
+        "cannot write {path}: {needed} bytes are needed and {available} are free there \
+         (os error {errno}); make room and resume: the last commit is whole",
+        path = path.display()
+    )]
+    DiskFull {
+        /// The file.
+        path: PathBuf,
+        /// Its length, in bytes.
+        needed: u64,
+        /// Bytes the file system had left.
+        available: u64,
+        /// The system's answer: `ENOSPC` or `EDQUOT`.
+        errno: i32,
+    },
     /// The data file was not made for one more tensor.
     #[error("tensor {tensor}: {path} was made for {capacity} bytes, and {needed} are needed", path = path.display())]
     Full {

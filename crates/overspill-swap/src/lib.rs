@@ -74,9 +74,11 @@ mod error;
 mod extent;
 mod ledger;
 mod manifest;
+mod names;
 pub mod pipeline;
 mod profile;
 mod snapshot;
+mod steps;
 mod store;
 pub mod swapper;
 mod tensor;
@@ -88,7 +90,11 @@ pub use error::StoreError;
 pub use extent::{EXTENT_ALIGNMENT, Extent, Extents, Full};
 pub use ledger::{Durability, Worth};
 pub use manifest::{LaneRecord, Manifest, ManifestError, TensorRecord, VERSION as MANIFEST_VERSION};
+#[cfg(feature = "sim")]
+pub use names::outage::{Endangered, Links, endanger};
 pub use profile::{Profile, ProfileError};
+#[cfg(feature = "sim")]
+pub use steps::{Step, watch_steps};
 pub use store::{Store, Usage};
 pub use tensor::{Dirty, LoadFailed, Loading, Refused, Resident, StoreFailed, Storing, Swapped, Vacant};
 pub use volume::{Volume, weights};

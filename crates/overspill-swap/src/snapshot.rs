@@ -83,7 +83,7 @@ pub(crate) fn make(directory: &Path, name: &str) -> Result<(), StoreError> {
 /// Takes a snapshot's name away.
 pub(crate) fn delete(directory: &Path, name: &str) -> Result<(), StoreError> {
     let path = path(directory, name);
-    match std::fs::remove_file(&path) {
+    match crate::names::remove(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let known = names(directory)?;
             Err(StoreError::NoSnapshot { name: name.to_owned(), path: directory.to_owned(), known })

@@ -4,6 +4,7 @@
 mod bench;
 mod command;
 mod documents;
+mod full;
 mod memory;
 mod refusals;
 mod train;

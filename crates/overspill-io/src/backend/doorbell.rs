@@ -11,6 +11,8 @@ use std::sync::atomic::Ordering;
 use crossbeam_channel::Sender;
 use rustix::io::Errno;
 
+#[cfg(feature = "sim")]
+use super::power::Power;
 use super::threads::Event;
 use crate::sync::AtomicBool;
 
@@ -18,6 +20,9 @@ use crate::sync::AtomicBool;
 pub(crate) struct Doorbell {
     rung: AtomicBool,
     wire: Wire,
+    /// What the engine's device runs on, if that can go.
+    #[cfg(feature = "sim")]
+    power: Option<Power>,
 }
 
 /// What the parked driver listens to.
@@ -33,7 +38,23 @@ pub(crate) enum Wire {
 
 impl Doorbell {
     pub(crate) fn new(wire: Wire) -> Doorbell {
-        Doorbell { rung: AtomicBool::new(false), wire }
+        Doorbell {
+            rung: AtomicBool::new(false),
+            wire,
+            #[cfg(feature = "sim")]
+            power: None,
+        }
+    }
+
+    /// The doorbell of an engine whose device may lose its power.
+    #[cfg(feature = "sim")]
+    pub(crate) fn powered(wire: Wire, power: Option<Power>) -> Doorbell {
+        Doorbell { power, ..Doorbell::new(wire) }
+    }
+
+    #[cfg(feature = "sim")]
+    pub(crate) fn power(&self) -> Option<&Power> {
+        self.power.as_ref()
     }
 
     /// Wakes the driver, now or when it parks next.

@@ -41,6 +41,9 @@ pub struct SimConfig {
     pub short_per_mille: u16,
     /// No file has room for this byte and those behind it: writes end before it, and fail with `ENOSPC` there.
     pub no_space_from: u64,
+    /// Bytes that the device may have lost when its power goes, old and new contents together: see
+    /// [`Power`](crate::Power). 0 is a device whose power does not go.
+    pub cache_bytes: usize,
 }
 
 impl SimConfig {
@@ -60,6 +63,7 @@ impl SimConfig {
             write_zero_per_mille: 0,
             short_per_mille: 0,
             no_space_from: u64::MAX,
+            cache_bytes: 0,
         }
     }
 

@@ -10,6 +10,10 @@ pub(crate) mod doorbell;
 #[cfg(feature = "sim")]
 pub(crate) mod fate;
 #[cfg(feature = "sim")]
+mod journal;
+#[cfg(feature = "sim")]
+pub(crate) mod power;
+#[cfg(feature = "sim")]
 pub(crate) mod sim;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -5,8 +5,8 @@
 //! sleeps while anything is in flight, and what overtakes does so in the file too. Transfers that are stuck stay here
 //! until the end. What a direct file asks of transfers is checked, whatever is below the file really takes.
 //!
-//! Every byte reaches a file through [`land`]: a simulated loss of power, for which what was written since the last
-//! flush has to be remembered, has its place there.
+//! Every byte reaches a file through [`land`], where a device that may lose its power remembers what was written since
+//! the last flush.
 //!
 //! It ends like a kernel whose ring is torn down: what is not back then keeps its memory for good.
 
@@ -20,18 +20,20 @@ use rustix::io::Errno;
 
 use super::doorbell::{Doorbell, Wire};
 use super::fate::{Fate, Random, SimConfig};
+use super::power::Power;
 use super::threads::Event;
 use super::{Arrival, Backend, BackendKind, Transfer};
 use crate::error::Direction;
 use crate::file::File;
 
 /// What a disk writes as a whole or not at all, at least.
-const SECTOR_BYTES: usize = 512;
+pub(crate) const SECTOR_BYTES: usize = 512;
 
 /// A simulated way to the kernel.
 pub(crate) struct Sim {
     config: SimConfig,
     doorbell: Arc<Doorbell>,
+    power: Option<Power>,
     rings: Receiver<Event>,
     now_ticks: u64,
     /// Transfers submitted so far.
@@ -44,9 +46,10 @@ pub(crate) struct Sim {
 impl Sim {
     pub(crate) fn start(config: SimConfig) -> Sim {
         let (ring, rings) = bounded(1);
-        let doorbell = Arc::new(Doorbell::new(Wire::Channel(ring)));
+        let power = (config.cache_bytes > 0).then(|| Power::new(config.seed, config.cache_bytes));
+        let doorbell = Arc::new(Doorbell::powered(Wire::Channel(ring), power.clone()));
         let (flying, stuck) = (BTreeMap::new(), Vec::new());
-        Sim { config, doorbell, rings, now_ticks: 0, submitted: 0, flying, stuck }
+        Sim { config, doorbell, power, rings, now_ticks: 0, submitted: 0, flying, stuck }
     }
 
     /// Carries a transfer out as its fate wants, and answers as the kernel would.
@@ -60,6 +63,9 @@ impl Sim {
                 && address.is_multiple_of(alignment))
         {
             return Err(Errno::INVAL);
+        }
+        if let Some(power) = &self.power {
+            power.check()?;
         }
         if let Fate::Fails(errno) = fate {
             return Err(errno);
@@ -76,8 +82,10 @@ impl Sim {
         let bytes = &mut block[done..done + length];
         match (direction, fate) {
             (Direction::Read, _) => rustix::io::pread(file, bytes, position),
-            (Direction::Write, Fate::Torn(random)) => Err(tear(file, bytes, position, random)),
-            (Direction::Write, _) => land(file, bytes, position),
+            (Direction::Write, Fate::Torn(random)) => {
+                Err(tear(self.power.as_ref(), file, bytes, position, random))
+            }
+            (Direction::Write, _) => land(self.power.as_ref(), file, bytes, position),
         }
     }
 
@@ -151,8 +159,11 @@ impl Drop for Sim {
 }
 
 /// Puts bytes into a file: the only way there.
-fn land(file: &File, bytes: &[u8], position: u64) -> Result<usize, Errno> {
-    rustix::io::pwrite(file, bytes, position)
+fn land(power: Option<&Power>, file: &File, bytes: &[u8], position: u64) -> Result<usize, Errno> {
+    match power {
+        Some(power) => power.land(file, bytes, position),
+        None => rustix::io::pwrite(file, bytes, position),
+    }
 }
 
 /// Some of `length` bytes: at least one unit of `alignment`, and not all of them if there are several.
@@ -164,7 +175,7 @@ fn part(length: usize, alignment: usize, mut random: Random) -> usize {
 }
 
 /// Writes some of the sectors of `bytes`, and never all; says how that is answered.
-fn tear(file: &File, bytes: &[u8], position: u64, mut random: Random) -> Errno {
+fn tear(power: Option<&Power>, file: &File, bytes: &[u8], position: u64, mut random: Random) -> Errno {
     let sector = SECTOR_BYTES.max(file.alignment());
     let head = sector - (position % sector as u64) as usize;
     let (first, rest) = bytes.split_at(head.min(bytes.len()));
@@ -172,7 +183,7 @@ fn tear(file: &File, bytes: &[u8], position: u64, mut random: Random) -> Errno {
     let lost = random.below(sectors.len() as u64) as usize;
     let mut at = position;
     for (index, sector) in sectors.into_iter().enumerate() {
-        if index != lost && random.hits(500) && land(file, sector, at).is_err() {
+        if index != lost && random.hits(500) && land(power, file, sector, at).is_err() {
             break;
         }
         at += sector.len() as u64;
@@ -273,7 +284,7 @@ mod tests {
         for seed in 0..40 {
             let mut sim = Sim::start(SimConfig { torn_per_mille: 1000, ..SimConfig::calm(seed) });
             let file = file(1, &sim);
-            assert_eq!(land(&file, &[1; BYTES], 0), Ok(BYTES));
+            assert_eq!(land(None, &file, &[1; BYTES], 0), Ok(BYTES));
             // Not at a sector's start, so its first part is a short one.
             let mut block = pool.lease(BYTES - 2048).unwrap();
             block.fill(2);

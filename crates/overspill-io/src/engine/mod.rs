@@ -180,6 +180,13 @@ impl Engine {
         self.inner.stats.totals()
     }
 
+    /// What the simulated device runs on, if its configuration says that it can go.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub fn power(&self) -> Option<crate::Power> {
+        self.inner.doorbell.power().cloned()
+    }
+
     /// Refuses new operations, waits until the accepted ones are over, and ends the driver thread. Operations that
     /// come later get [`IoError::EngineStopped`] and their block. Does nothing the second time.
     ///

@@ -10,6 +10,7 @@ mod alone;
 mod conformance;
 mod faults;
 mod odd;
+mod power;
 mod seccomp;
 mod sim;
 mod space;

@@ -37,6 +37,7 @@ use crate::extent::{EXTENT_ALIGNMENT, Extent};
 use crate::ledger::{self, Durability, Key, Ledger, Working, Worth};
 use crate::manifest::{LaneRecord, Manifest};
 use crate::snapshot;
+use crate::steps::{Step, step};
 use crate::tensor::{Swapped, Vacant};
 
 /// Least number of bytes by which the data file grows.
@@ -167,8 +168,10 @@ impl Store {
     /// Makes the state that is on storage the next generation, durably and all at once; `meta` goes with it.
     ///
     /// # Errors
-    /// [`StoreError::Unfinished`] when a write was not waited for or failed; the last generation is the committed
-    /// one then. [`StoreError::Io`] and [`StoreError::Directory`] when the system could not make something durable:
+    /// [`StoreError::Unfinished`] when a write was not waited for or failed, [`StoreError::DiskFull`] and
+    /// [`StoreError::Directory`] with the action "write" when the next manifest could not be written: the last
+    /// generation is the committed one then, and the commit can be tried again. [`StoreError::Io`] when the data could
+    /// not be flushed and [`StoreError::Directory`] with the action "replace" when the manifest could not be replaced:
     /// which of the two generations survives a loss of power is unknown then, and every later commit is
     /// [`StoreError::Poisoned`].
     pub fn commit(&self, meta: serde_json::Value) -> Result<(), StoreError> {
@@ -185,8 +188,13 @@ impl Store {
             lanes: self.lane_records(),
             tensors: state.ledger.records().map_err(unfinished)?,
         };
-        let flushed = self.inner.space.sync().map_err(StoreError::from);
-        if let Err(error) = flushed.and_then(|()| self.inner.home.publish(&manifest.encode())) {
+        step(Step::FlushData);
+        if let Err(error) = self.inner.space.sync() {
+            state.standing = Standing::Unknown;
+            return Err(error.into());
+        }
+        self.inner.home.prepare(&manifest.encode())?;
+        if let Err(error) = self.inner.home.replace() {
             state.standing = Standing::Unknown;
             return Err(error);
         }

@@ -7,6 +7,7 @@ use crate::directory::MANIFEST;
 use crate::error::StoreError;
 use crate::extent::{EXTENT_ALIGNMENT, Extent};
 use crate::ledger::{Begun, Key, Version, Working};
+use crate::steps::{Step, step};
 
 impl Store {
     pub(crate) fn space(&self) -> &Space {
@@ -105,11 +106,13 @@ impl Store {
         let capacity = present.saturating_add(aligned(bytes.max(GROWTH_BYTES)));
         // The whole of a small disk may be less than a comfortable step.
         let enough = present.saturating_add(aligned(bytes));
+        step(Step::Grow);
         let grown = match self.inner.space.allocate(capacity) {
             Ok(()) => capacity,
             Err(IoError::NoSpace { .. }) => self.inner.space.allocate(enough).map(|()| enough)?,
             Err(error) => return Err(error.into()),
         };
+        step(Step::Grown);
         state.ledger.grow(grown);
         Ok(())
     }

@@ -3,16 +3,24 @@
 //! A child writes tensors and commits, over and over, and reports every commit before it begins and after it is over.
 //! Every byte of a generation is known from its number and its tensor, so what a killed child leaves can be compared
 //! with what it must be: the last generation that was reported as over, or the one that was under way.
+//!
+//! Most children die at a moment that nobody chose. The others are told before which step of what they have to stop,
+//! and die there, so that every step of a commit, of a snapshot's beginning and end and of growth is one at which some
+//! child has died.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
 
 use overspill_io::{BackendChoice, Block, BlockClass, Engine, EngineConfig, Pool};
-use overspill_swap::{Durability, Store, StoreError, Swapped, Worth};
+use overspill_swap::{Durability, Manifest, Step, Store, StoreError, Swapped, Worth, watch_steps};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::json;
@@ -21,6 +29,8 @@ use serde_json::json;
 const ROUNDS: u64 = 200;
 /// Tells a child where to work.
 const DIRECTORY: &str = "OVERSPILL_TEST_DIRECTORY";
+/// Tells a child before which step it stops, if it does: [`Stop::told`].
+const STOP: &str = "OVERSPILL_TEST_STOP";
 /// Tells a child with which backend.
 const BACKEND: &str = "OVERSPILL_TEST_BACKEND";
 const LENGTHS: [usize; 5] = [4096, 70_000, 64 << 10, 1, 200_000];
@@ -54,6 +64,99 @@ fn lease(pool: &Pool, tensor: usize) -> Block {
     pool.lease(LENGTHS[tensor]).unwrap()
 }
 
+/// What a child does besides writing, and the steps of it.
+const WORK: [(&str, &[Step]); 4] = [
+    (
+        "commit",
+        &[
+            Step::FlushData,
+            Step::Remove,
+            Step::Remove,
+            Step::Create,
+            Step::Write,
+            Step::Flush,
+            Step::Link,
+            Step::Rename,
+            Step::Rename,
+            Step::FlushNames,
+        ],
+    ),
+    ("snapshot", &[Step::Link, Step::FlushNames]),
+    ("deletion", &[Step::Remove, Step::FlushNames]),
+    ("growth", &[Step::Grow, Step::Grown]),
+];
+
+/// Where a child stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stop {
+    /// Index in [`WORK`].
+    work: usize,
+    /// Index in its steps.
+    step: usize,
+}
+
+impl Stop {
+    fn all() -> impl Iterator<Item = Self> {
+        (0..WORK.len()).flat_map(|work| (0..WORK[work].1.len()).map(move |step| Self { work, step }))
+    }
+
+    fn tell(self) -> String {
+        format!("{} {}", self.work, self.step)
+    }
+
+    fn told() -> Option<Self> {
+        let told = std::env::var(STOP).ok()?;
+        let (work, step) = told.split_once(' ').unwrap();
+        Some(Self { work: work.parse().unwrap(), step: step.parse().unwrap() })
+    }
+}
+
+/// What a child that is to stop is at: the work, and the steps of it so far.
+#[derive(Debug)]
+struct Course {
+    work: AtomicUsize,
+    steps: AtomicUsize,
+}
+
+impl Course {
+    /// Nothing that anybody stops in.
+    const IDLE: usize = WORK.len();
+
+    /// Lets the process stop for good where it was told to.
+    fn watched(stop: Option<Stop>) -> Arc<Self> {
+        let course = Arc::new(Self { work: AtomicUsize::new(Self::IDLE), steps: AtomicUsize::new(0) });
+        let Some(stop) = stop else { return course };
+        let watched = Arc::clone(&course);
+        watch_steps(move |step| {
+            let at = watched.steps.fetch_add(1, Ordering::Relaxed);
+            if watched.work.load(Ordering::Relaxed) == stop.work && at == stop.step {
+                assert_eq!(WORK[stop.work].1[at], step);
+                report(&format!("stops {}", stop.tell()));
+                loop {
+                    thread::park();
+                }
+            }
+        });
+        course
+    }
+
+    fn during<T>(&self, work: &str, act: impl FnOnce() -> T) -> T {
+        let index = WORK.iter().position(|&(name, _)| name == work).unwrap();
+        self.steps.store(0, Ordering::Relaxed);
+        self.work.store(index, Ordering::Relaxed);
+        let done = act();
+        self.work.store(Self::IDLE, Ordering::Relaxed);
+        done
+    }
+}
+
+/// Tells the parent.
+fn report(what: &str) {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "\n{what}").unwrap();
+    out.flush().unwrap();
+}
+
 /// The child: goes on from the last commit, or begins, and does not end by itself before a thousand generations.
 #[test]
 #[ignore = "runs until it is killed; run by a_killed_process_leaves_its_last_commit"]
@@ -71,11 +174,8 @@ fn writes_and_commits_here() {
         Err(error) => panic!("{error}"),
     };
     store.keep();
-    let mut out = std::io::stdout().lock();
-    let mut report = |what: &str, generation: u64| {
-        writeln!(out, "\n{what} {generation}").unwrap();
-        out.flush().unwrap();
-    };
+    let stop = Stop::told();
+    let course = Course::watched(stop);
     let first = store.generation() + 1;
     for generation in first..first + 1000 {
         for (tensor, length) in LENGTHS.into_iter().enumerate() {
@@ -91,13 +191,27 @@ fn writes_and_commits_here() {
             };
             drop(dirty.store().wait().unwrap());
         }
-        report("begins", generation);
-        store.commit(json!({ "generation": generation })).unwrap();
-        report("over", generation);
-        // A snapshot now and then makes the data file grow.
+        report(&format!("begins {generation}"));
+        // The first commit has no manifest to replace, and nobody would wait for what it leaves.
+        match generation - first {
+            0 => store.commit(json!({ "generation": generation })).unwrap(),
+            _ => course.during("commit", || store.commit(json!({ "generation": generation })).unwrap()),
+        }
+        report(&format!("over {generation}"));
+        // A snapshot now and then makes the data file grow. The one before may have died in the middle.
         match generation % 16 {
-            5 => store.snapshot("pinned").unwrap(),
-            11 => store.delete_snapshot("pinned").unwrap(),
+            5 => match course.during("snapshot", || store.snapshot("pinned")) {
+                Err(StoreError::SnapshotExists { .. }) => {}
+                made => made.unwrap(),
+            },
+            9 if stop.is_some_and(|stop| WORK[stop.work].0 == "growth") => {
+                let more = store.usage().capacity_bytes + 4096;
+                course.during("growth", || store.provide(more)).unwrap();
+            }
+            11 => match course.during("deletion", || store.delete_snapshot("pinned")) {
+                Err(StoreError::NoSnapshot { .. }) => {}
+                deleted => deleted.unwrap(),
+            },
             _ => {}
         }
     }
@@ -109,8 +223,9 @@ struct Writing {
 }
 
 impl Writing {
-    fn start(directory: &Path, backend: BackendChoice) -> Self {
+    fn start(directory: &Path, backend: BackendChoice, stop: Option<Stop>) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
+            .envs(stop.map(|stop| (STOP, stop.tell())))
             .args(["--ignored", "--exact", "--nocapture", "killed::writes_and_commits_here"])
             .env(DIRECTORY, directory)
             .env(BACKEND, backend.to_string())
@@ -124,8 +239,9 @@ impl Writing {
         Self { child, reports }
     }
 
-    /// Lets it make its first commit, and `further` microseconds; kills it; returns the generations that may be found.
-    fn kill(mut self, further: u64) -> (u64, u64) {
+    /// Lets it make its first commit, and go on for `further` microseconds or to where it stops; kills it; returns the
+    /// generations that may be found.
+    fn kill(mut self, stop: Option<Stop>, further: u64) -> (u64, u64) {
         let (mut over, mut begun) = (0, 0);
         let mut note = |line: &str| {
             let number = |text: &str| text.parse::<u64>().unwrap();
@@ -134,10 +250,13 @@ impl Writing {
                 Some(("begins", generation)) => begun = number(generation),
                 _ => {}
             }
-            line.starts_with("over")
+            let awaited = stop.map_or("over".to_owned(), |stop| format!("stops {}", stop.tell()));
+            line.starts_with(&awaited)
         };
-        while !note(&self.reports.recv_timeout(BOUND).expect("the child commits")) {}
-        thread::park_timeout(Duration::from_micros(further));
+        while !note(&self.reports.recv_timeout(BOUND).expect("the child gets there")) {}
+        if stop.is_none() {
+            thread::park_timeout(Duration::from_micros(further));
+        }
         self.child.kill().unwrap();
         let status = self.child.wait().unwrap();
         assert!(status.code().is_none(), "the child ended by itself: {status}");
@@ -155,8 +274,11 @@ fn a_killed_process_leaves_its_last_commit() {
     for backend in [BackendChoice::Auto, BackendChoice::Threads] {
         let directory = folder.path().join(backend.to_string());
         let (pool, engine) = engine(backend);
-        for round in 0..ROUNDS / 2 {
-            let (least, most) = Writing::start(&directory, backend).kill(random.next_u64() % 20_000);
+        // Each step three times; all other rounds end at moments that nobody chose.
+        let stops = (0..3).flat_map(|_| Stop::all()).map(Some).chain(std::iter::repeat(None));
+        for (round, stop) in (0..ROUNDS / 2).zip(stops) {
+            let writing = Writing::start(&directory, backend, stop);
+            let (least, most) = writing.kill(stop, random.next_u64() % 20_000);
             let store = Store::open(&directory, Durability::Step, &engine).unwrap();
             let found = store.generation();
             assert!(
@@ -171,6 +293,24 @@ fn a_killed_process_leaves_its_last_commit() {
                 fill(&mut expected, tensor, writer(tensor, found));
                 assert!(resident.bytes() == expected, "round {round}: tensor {tensor} of generation {found}");
             }
+            assert!(store.snapshots().len() <= 1);
+            check_snapshots(&directory, &store.snapshots());
+        }
+    }
+}
+
+/// Compares what snapshots name in the data file.
+fn check_snapshots(directory: &Path, snapshots: &[String]) {
+    for snapshot in snapshots {
+        let manifest = std::fs::read(directory.join(format!("snapshot.{snapshot}"))).unwrap();
+        let Manifest { generation, tensors, .. } = Manifest::decode(&manifest).unwrap();
+        let data = File::open(directory.join("data")).unwrap();
+        assert_eq!(tensors.len(), LENGTHS.len());
+        for (tensor, record) in tensors.iter().enumerate() {
+            let (mut found, mut expected) = (vec![0; LENGTHS[tensor]], vec![0; LENGTHS[tensor]]);
+            data.read_exact_at(&mut found, record.offset).unwrap();
+            fill(&mut expected, tensor, writer(tensor, generation));
+            assert!(found == expected, "tensor {tensor} of snapshot {snapshot}, generation {generation}");
         }
     }
 }

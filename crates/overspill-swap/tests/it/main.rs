@@ -1,11 +1,15 @@
 //! The store on real files, with both backends.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed, its helpers too")]
 
+mod apart;
 mod buffers;
+mod carried;
 mod folder;
+mod full;
 mod generations;
 mod killed;
 mod pipeline;
+mod power;
 mod rig;
 mod store;
 mod swapper;

@@ -1,0 +1,86 @@
+//! Names and small files: every change to a store's directory that a crash may meet is made here.
+//!
+//! With the feature `sim` a directory can be one that loses its power; then the changes go through [`outage`], which
+//! knows what was not flushed yet.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rustix::fs::{CWD, RenameFlags};
+use rustix::io::Errno;
+
+use crate::steps::{Step, step};
+
+#[cfg(feature = "sim")]
+pub(crate) mod outage;
+
+/// Makes a file that does not exist yet, durably but for its name.
+pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    #[cfg(feature = "sim")]
+    if let Some(endangered) = outage::of(path) {
+        return endangered.write_new(path, bytes);
+    }
+    step(Step::Create);
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    step(Step::Write);
+    file.write_all(bytes)?;
+    step(Step::Flush);
+    file.sync_all()
+}
+
+/// Lets a file have one more name, which must be free.
+pub(crate) fn link(file: &Path, name: &Path) -> io::Result<()> {
+    #[cfg(feature = "sim")]
+    if let Some(endangered) = outage::of(name) {
+        return endangered.link(file, name);
+    }
+    step(Step::Link);
+    std::fs::hard_link(file, name)
+}
+
+/// Gives a file another name, which nobody or another file has.
+pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(feature = "sim")]
+    if let Some(endangered) = outage::of(to) {
+        return endangered.rename(from, to);
+    }
+    step(Step::Rename);
+    std::fs::rename(from, to)
+}
+
+/// Gives what was made its name, unless somebody has it.
+pub(crate) fn publish(made: &Path, path: &Path) -> io::Result<()> {
+    #[cfg(feature = "sim")]
+    if let Some(endangered) = outage::of(path) {
+        return endangered.rename(made, path);
+    }
+    step(Step::Rename);
+    match rustix::fs::renameat_with(CWD, made, CWD, path, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        // A file system without the flag: a directory with a file in it is not replaced either.
+        Err(Errno::INVAL | Errno::NOSYS) => std::fs::rename(made, path),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Takes a file's name away.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    #[cfg(feature = "sim")]
+    if let Some(endangered) = outage::of(path) {
+        return endangered.remove(path);
+    }
+    step(Step::Remove);
+    std::fs::remove_file(path)
+}
+
+/// Makes the names in a directory durable.
+pub(crate) fn sync(directory: &Path) -> io::Result<()> {
+    #[cfg(feature = "sim")]
+    if let Some(endangered) = outage::in_directory(directory) {
+        return endangered.sync();
+    }
+    step(Step::FlushNames);
+    File::open(directory)?.sync_all()
+}
