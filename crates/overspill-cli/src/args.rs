@@ -7,6 +7,11 @@ use overspill_io::BackendChoice;
 use overspill_train::ByteSize;
 
 use crate::bench::cells::Cell;
+use crate::gc::GcArguments;
+use crate::inspect::InspectArguments;
+use crate::restore::RestoreArguments;
+use crate::snapshot::SnapshotArguments;
+use crate::verify::VerifyArguments;
 
 /// Trains neural networks that are bigger than memory: what does not fit spills to NVMe, and comes back in time.
 #[derive(Debug, Parser)]
@@ -26,6 +31,16 @@ pub(crate) enum Command {
     Bench(BenchCommand),
     /// Find how to get the most out of a directory's disk, in under a minute, and leave a profile there for `train`
     Tune(TuneArguments),
+    /// Show what a store holds, in use or not: generations, snapshots, tensors, free space, wear
+    Inspect(InspectArguments),
+    /// Read every byte of a store's generations, compare it with what was stored, and name what is damaged
+    Verify(VerifyArguments),
+    /// Keep the committed state under a name without copying it, also while it is being trained on
+    Snapshot(SnapshotArguments),
+    /// Go back to a snapshot, or to the generation before the last commit
+    Restore(RestoreArguments),
+    /// List the stores that ended processes left, and remove those that nothing can be resumed from
+    Gc(GcArguments),
 }
 
 #[derive(Debug, Subcommand)]

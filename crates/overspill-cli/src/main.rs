@@ -7,14 +7,20 @@
 
 mod args;
 mod bench;
+mod gc;
+mod inspect;
 mod interrupt;
 mod motion;
 mod output;
 mod progress;
+mod restore;
+mod snapshot;
+mod store;
 mod table;
 mod threads;
 mod train;
 mod tune;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -36,6 +42,11 @@ fn main() -> ExitCode {
         Command::Bench(BenchCommand::Adam(arguments)) => bench::adam::run(&arguments),
         Command::Bench(BenchCommand::Turns(arguments)) => bench::turns::run(&arguments),
         Command::Tune(arguments) => tune::run(&arguments),
+        Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
+        Command::Snapshot(arguments) => snapshot::run(&arguments),
+        Command::Restore(arguments) => restore::run(&arguments),
+        Command::Gc(arguments) => gc::run(&arguments),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -5,6 +5,7 @@ use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
 use serde::Serialize;
@@ -14,10 +15,14 @@ pub(crate) fn say(line: &str) {
     drop(writeln!(io::stderr(), "{line}"));
 }
 
-/// Writes a table to standard output. A reader who has gone away is no error.
+/// Writes a table to standard output, unless that is where the JSON goes. A reader who has gone away is no error.
 pub(crate) fn show(table: &impl Display) -> anyhow::Result<()> {
+    if STDOUT_IS_FOR_JSON.load(Ordering::Relaxed) { Ok(()) } else { print(table) }
+}
+
+fn print(text: &impl Display) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
-    match write!(stdout, "{table}").and_then(|()| stdout.flush()) {
+    match write!(stdout, "{text}").and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(error).context("cannot write to standard output")
         }
@@ -25,10 +30,18 @@ pub(crate) fn show(table: &impl Display) -> anyhow::Result<()> {
     }
 }
 
-/// A file for JSON that was found to be writable before the work began.
+/// Standard output is one for the whole process, and so is what it is for.
+static STDOUT_IS_FOR_JSON: AtomicBool = AtomicBool::new(false);
+
+/// The name of a file that means standard output.
+const STDOUT: &str = "-";
+
+/// A file for JSON that was found to be writable before the work began. `-` is standard output, which has no tables
+/// then.
 #[derive(Debug)]
 pub(crate) struct JsonFile {
-    path: PathBuf,
+    /// `None` for standard output.
+    path: Option<PathBuf>,
     /// Whether there was no such file before; an empty one is taken away again if there is nothing to write.
     is_new: bool,
     is_written: bool,
@@ -37,6 +50,10 @@ pub(crate) struct JsonFile {
 impl JsonFile {
     /// Opens the file for writing once, so that an hour's work does not end in a typing error.
     pub(crate) fn prepare(path: &Path) -> anyhow::Result<Self> {
+        if path == Path::new(STDOUT) {
+            STDOUT_IS_FOR_JSON.store(true, Ordering::Relaxed);
+            return Ok(Self { path: None, is_new: false, is_written: false });
+        }
         let is_new = match std::fs::metadata(path) {
             // Opening it would wait for a reader.
             Ok(found) if found.file_type().is_fifo() => {
@@ -50,14 +67,17 @@ impl JsonFile {
             .create(true)
             .open(path)
             .with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Self { path: path.to_owned(), is_new, is_written: false })
+        Ok(Self { path: Some(path.to_owned()), is_new, is_written: false })
     }
 
     /// Writes the numbers.
     pub(crate) fn write(mut self, numbers: &impl Serialize) -> anyhow::Result<()> {
         let text = serde_json::to_string_pretty(numbers).context("cannot write numbers as JSON")?;
-        std::fs::write(&self.path, text + "\n")
-            .with_context(|| format!("cannot write {}", self.path.display()))?;
+        match &self.path {
+            None => print(&(text + "\n"))?,
+            Some(path) => std::fs::write(path, text + "\n")
+                .with_context(|| format!("cannot write {}", path.display()))?,
+        }
         self.is_written = true;
         Ok(())
     }
@@ -65,8 +85,8 @@ impl JsonFile {
 
 impl Drop for JsonFile {
     fn drop(&mut self) {
-        if self.is_new && !self.is_written {
-            drop(std::fs::remove_file(&self.path));
+        if let Some(path) = self.path.as_ref().filter(|_| self.is_new && !self.is_written) {
+            drop(std::fs::remove_file(path));
         }
     }
 }

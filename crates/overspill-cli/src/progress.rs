@@ -166,6 +166,32 @@ impl Steps {
     }
 }
 
+/// A bar for work that moves so many bytes, on a terminal only.
+#[derive(Debug)]
+pub(crate) struct Moved(ProgressBar);
+
+impl Moved {
+    pub(crate) fn new(what: &'static str, terminal: bool) -> Self {
+        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        let template =
+            "{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
+        let bar = bar.with_style(style(template));
+        bar.set_message(what);
+        Self(bar)
+    }
+
+    /// So many bytes of so many are done.
+    pub(crate) fn show(&self, done: u64, total: u64) {
+        self.0.set_length(total);
+        self.0.set_position(done);
+    }
+
+    /// Takes the bar off the screen.
+    pub(crate) fn finish(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
 fn style(template: &str) -> ProgressStyle {
     let style = ProgressStyle::with_template(template);
     style.expect("the templates in this file are well-formed").progress_chars("=> ")

@@ -12,11 +12,12 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use crate::error::StoreError;
+use crate::error::{Remedy, StoreError};
 use crate::manifest::Manifest;
 use crate::names;
 
@@ -40,9 +41,13 @@ const MANIFEST_OLD: &str = "manifest.old";
 /// A copy of a manifest, until it is complete.
 const MANIFEST_COPY: &str = "manifest.copy";
 /// Which volume of which store the directory is.
-const VOLUME: &str = "volume";
+pub(crate) const VOLUME: &str = "volume";
 /// Held locked by the owner; its text is the owner's process id.
-const LOCK: &str = "lock";
+pub(crate) const LOCK: &str = "lock";
+
+/// For how long, and how often, it is tried again to have a lock that somebody may only be looking at.
+const GLANCE: Duration = Duration::from_millis(4);
+const GLANCES_MAX: u32 = 50;
 
 /// Longest manifest that is read, in bytes: some eight million tensors.
 const MANIFEST_BYTES_MAX: u64 = 1 << 30;
@@ -52,6 +57,12 @@ const ASIDE_MAX: u32 = 100;
 
 /// Longest label that is read, in bytes.
 const LABEL_BYTES_MAX: u64 = 64;
+
+/// Digits of a process id.
+const PID_BYTES_MAX: usize = 10;
+
+/// What stands between the name of a directory and the process that makes it, until it is made.
+const MAKING: &str = ".new-";
 
 /// A directory that this process created or opened and holds locked.
 #[derive(Debug)]
@@ -97,10 +108,16 @@ impl Directory {
             return Err(failed(io::ErrorKind::NotADirectory.into()));
         }
         let mut lock = open_lock(path, OpenOptions::new().read(true).write(true)).map_err(failed)?;
-        match lock.try_lock() {
-            Err(TryLockError::WouldBlock) => return Err(locked(path, &mut lock)),
-            Err(TryLockError::Error(source)) => return Err(failed(source)),
-            Ok(()) => {}
+        let mut glances = GLANCES_MAX;
+        loop {
+            match lock.try_lock() {
+                Err(TryLockError::WouldBlock) if glances == 0 => return Err(locked(path, &mut lock)),
+                // Whoever only looks whether there is an owner has the lock for a moment.
+                Err(TryLockError::WouldBlock) => std::thread::park_timeout(GLANCE),
+                Err(TryLockError::Error(source)) => return Err(failed(source)),
+                Ok(()) => break,
+            }
+            glances -= 1;
         }
         // The owner may have removed the directory, and somebody made it anew, between the two.
         let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
@@ -138,6 +155,12 @@ impl Directory {
         }
     }
 
+    /// Names of all files that belong to it, whether they exist or not.
+    pub(crate) fn files(&self) -> Vec<String> {
+        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.iter().map(String::as_str).chain([VOLUME, LOCK]).map(str::to_owned).collect()
+    }
+
     /// Adds files that belong to the directory, and go with it.
     pub(crate) fn forget(&self, names: impl Iterator<Item = String>) {
         self.files.lock().unwrap_or_else(PoisonError::into_inner).extend(names);
@@ -158,6 +181,11 @@ impl Directory {
     /// The data file of this number.
     pub(crate) fn data(&self, number: usize) -> PathBuf {
         self.path.join(data_name(number))
+    }
+
+    /// Lets the directory go when this value is dropped, with all files that belong to it and no others.
+    pub(crate) fn discard(&self) {
+        self.kept.store(false, Ordering::Relaxed);
     }
 
     /// Leaves the directory on storage when this value is dropped.
@@ -273,7 +301,57 @@ pub(crate) fn read_manifest(path: &Path) -> Result<Manifest, StoreError> {
         Ok(bytes) => bytes,
         Err(source) => return Err(StoreError::Directory { action: "read", path: path.to_owned(), source }),
     };
-    Manifest::decode(&bytes).map_err(|source| StoreError::Manifest { path: path.to_owned(), source })
+    let refused = |source| StoreError::Manifest { path: path.to_owned(), source, remedy: Remedy::None };
+    Manifest::decode(&bytes).map_err(refused)
+}
+
+/// Which volume of which store a label names; `None` for what is no label.
+pub(crate) fn read_label(directory: &Path) -> Option<(u64, usize)> {
+    let bytes = read_file(&directory.join(VOLUME), LABEL_BYTES_MAX).ok()?;
+    let text = str::from_utf8(&bytes).ok()?;
+    let (store, index) = text.split_once(' ')?;
+    let (store, index) = (u64::from_str_radix(store, 16).ok()?, index.parse().ok()?);
+    (label(store, index) == text).then_some((store, index))
+}
+
+/// Who has a directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Nobody alive.
+    Nobody,
+    /// A running process.
+    Process {
+        /// Its id, when it could be read.
+        pid: Option<u32>,
+    },
+}
+
+/// Who has the directory. It is looked at by sharing the lock for a moment, which leaves it as it was;
+/// [`Directory::open`] is patient with that.
+///
+/// # Errors
+/// Of the lock's file: there may be none.
+pub(crate) fn owner(path: &Path) -> io::Result<Owner> {
+    let mut lock = open_lock(path, OpenOptions::new().read(true))?;
+    match lock.try_lock_shared() {
+        Ok(()) => Ok(Owner::Nobody),
+        Err(TryLockError::WouldBlock) => Ok(Owner::Process { pid: owner_pid(&mut lock) }),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// What the lock of a directory says; it is nobody's text if it is not at most a process id.
+pub(crate) fn has_lock(path: &Path) -> bool {
+    let text = read_file(&path.join(LOCK), LABEL_BYTES_MAX);
+    text.is_ok_and(|text| text.len() <= PID_BYTES_MAX && text.iter().all(u8::is_ascii_digit))
+}
+
+/// The process that is making a directory of this name, if that is what the name says.
+pub(crate) fn maker(name: &str) -> Option<u32> {
+    let (_, text) = name.rsplit_once(MAKING)?;
+    let (pid, attempt) = text.split_once('-')?;
+    let is_attempt = attempt.parse::<u32>().is_ok_and(|number| number.to_string() == attempt);
+    pid.parse().ok().filter(|number: &u32| is_attempt && number.to_string() == pid)
 }
 
 /// What a volume of the store with this number is labelled with.
@@ -282,7 +360,7 @@ pub(crate) fn label(store: u64, index: usize) -> String {
 }
 
 /// The whole of a plain file of at most `bytes_max` bytes.
-fn read_file(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read_file(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)?;
     let metadata = file.metadata()?;
@@ -299,7 +377,7 @@ fn read_file(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
 fn make_aside(path: &Path) -> io::Result<PathBuf> {
     let mut attempt = 0;
     loop {
-        let made = path.with_added_extension(format!("new-{}-{attempt}", std::process::id()));
+        let made = path.with_added_extension(format!("{}{}-{attempt}", &MAKING[1..], std::process::id()));
         match DirBuilder::new().mode(0o700).create(&made) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempt < ASIDE_MAX => attempt += 1,
             created => return created.map(|()| made),
@@ -350,9 +428,12 @@ fn occupied(path: &Path) -> StoreError {
 
 /// Says who holds the lock.
 fn locked(path: &Path, lock: &mut File) -> StoreError {
+    StoreError::Locked { path: path.to_owned(), pid: owner_pid(lock) }
+}
+
+fn owner_pid(lock: &mut File) -> Option<u32> {
     let mut owner = String::new();
-    let pid = lock.read_to_string(&mut owner).ok().and_then(|_| owner.trim().parse().ok());
-    StoreError::Locked { path: path.to_owned(), pid }
+    lock.take(LABEL_BYTES_MAX).read_to_string(&mut owner).ok().and_then(|_| owner.trim().parse().ok())
 }
 
 #[cfg(test)]

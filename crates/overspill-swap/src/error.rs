@@ -1,5 +1,6 @@
 //! What can go wrong in a store: variants for programs, fields for people.
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
@@ -141,12 +142,22 @@ pub enum StoreError {
         tensor: String,
     },
     /// A manifest, or a snapshot's, is not what it should be.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {source}{remedy}", path = path.display())]
     Manifest {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         source: ManifestError,
+        /// What can be done about it.
+        remedy: Remedy,
+    },
+    /// What was to be committed with the tensors could be written, but not be read again.
+    #[error("what goes with a commit of {path} is nested in more than {levels_max} levels", path = path.display())]
+    MetaDepth {
+        /// The store's directory.
+        path: PathBuf,
+        /// Levels of arrays and objects that it may have.
+        levels_max: usize,
     },
     /// The data file is shorter than the manifest says.
     #[error("{path} has {length} bytes, and the committed state needs {needed}: it was cut short", path = path.display())]
@@ -179,6 +190,12 @@ pub enum StoreError {
         /// The store's home.
         home: PathBuf,
     },
+    /// A directory that was given is not the one that has the store's manifests.
+    #[error("{path} is not the first directory of its store, and snapshots are made in that", path = path.display())]
+    NotHome {
+        /// The directory.
+        path: PathBuf,
+    },
     /// A name that no snapshot can have.
     #[error("`{name}` is no name for a snapshot: 1 to 64 letters, digits, `-`, `_` or `.`")]
     SnapshotName {
@@ -203,6 +220,54 @@ pub enum StoreError {
         /// The snapshots there are.
         known: Vec<String>,
     },
+    /// There is no store.
+    #[error("{path} is not a directory of a store", path = path.display())]
+    NotAStore {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A store that is to go is not what it was when that was decided.
+    #[error("{path} stays: {reason}", path = path.display())]
+    Stays {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// What was to be made the current generation is damaged.
+    #[error("{what} is not whole, so nothing was restored: {}", damaged.join("; "))]
+    NotWhole {
+        /// Which generation.
+        what: String,
+        /// What is damaged, each in words.
+        damaged: Vec<String>,
+    },
+    /// Whoever was asked to make a snapshot answered that it cannot be.
+    #[error("the process that has {path} open made no snapshot {name}: {reason}", path = path.display())]
+    WishRefused {
+        /// The name.
+        name: String,
+        /// The store's directory.
+        path: PathBuf,
+        /// Its words.
+        reason: String,
+    },
+    /// Somebody else asked for a snapshot of this name.
+    #[error("another command waits for snapshot {name} of {path} already", path = path.display())]
+    WishExists {
+        /// The name.
+        name: String,
+        /// The store's directory.
+        path: PathBuf,
+    },
+    /// The wish is gone, and there is no snapshot: another command took it away, or the store is gone.
+    #[error("the wish for snapshot {name} of {path} was taken away", path = path.display())]
+    WishGone {
+        /// The name.
+        name: String,
+        /// The store's directory.
+        path: PathBuf,
+    },
     /// There is no committed state.
     #[error("{path} has no committed state to go on from: start anew, without it", path = path.display())]
     NothingCommitted {
@@ -221,6 +286,41 @@ pub enum StoreError {
     /// The pool refused a lease.
     #[error(transparent)]
     Pool(#[from] PoolError),
+}
+
+/// What can be done about a manifest that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Remedy {
+    /// Nothing that is known.
+    None,
+    /// The generation before can be made the current one.
+    RestorePrevious {
+        /// The store's directory.
+        path: PathBuf,
+    },
+    /// The snapshot can be given up.
+    DeleteSnapshot {
+        /// The store's directory.
+        path: PathBuf,
+        /// The snapshot.
+        name: String,
+    },
+}
+
+impl fmt::Display for Remedy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => Ok(()),
+            Self::RestorePrevious { path } => {
+                let path = path.display();
+                write!(f, "; `overspill restore {path} --previous` goes back to the generation before it")
+            }
+            Self::DeleteSnapshot { path, name } => {
+                let path = path.display();
+                write!(f, "; `overspill snapshot {path} {name} --delete` gives this snapshot up")
+            }
+        }
+    }
 }
 
 fn list(names: &[String]) -> String {

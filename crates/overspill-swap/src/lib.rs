@@ -80,13 +80,16 @@ mod profile;
 mod snapshot;
 mod steps;
 mod store;
+mod survey;
 pub mod swapper;
 mod tensor;
 pub mod tiles;
 mod volume;
+mod wish;
 
 pub use bandwidth::{Bandwidth, measure};
-pub use error::StoreError;
+pub use directory::Owner;
+pub use error::{Remedy, StoreError};
 pub use extent::{EXTENT_ALIGNMENT, Extent, Extents, Full};
 pub use ledger::{Durability, Worth};
 pub use manifest::{LaneRecord, Manifest, ManifestError, TensorRecord, VERSION as MANIFEST_VERSION};
@@ -96,5 +99,10 @@ pub use profile::{Profile, ProfileError};
 #[cfg(feature = "sim")]
 pub use steps::{Step, watch_steps};
 pub use store::{Store, Usage};
+pub use survey::{
+    Blocks, Damage, Damaged, DataFile, Examination, Findings, Fragmentation, Generation, GenerationState,
+    Leftover, Remains, Scope, Survey, Verdict, leftovers, remove_leftover,
+};
 pub use tensor::{Dirty, LoadFailed, Loading, Refused, Resident, StoreFailed, Storing, Swapped, Vacant};
 pub use volume::{Volume, weights};
+pub use wish::{Answer, Asked, Deleted, Wish};

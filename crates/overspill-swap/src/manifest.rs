@@ -26,6 +26,9 @@ use crate::extent::{EXTENT_ALIGNMENT, Extent};
 /// The version this code writes; it reads this one and all before it.
 pub const VERSION: u32 = 2;
 
+/// Levels of arrays and objects that [`Manifest::meta`] may have; whoever reads JSON gives up at 128.
+pub(crate) const META_LEVELS_MAX: usize = 64;
+
 const MAGIC: &str = "overspill manifest";
 
 /// One generation of a store.
@@ -129,9 +132,12 @@ impl Default for Manifest {
 impl Manifest {
     /// The bytes of the manifest file.
     pub fn encode(&self) -> Vec<u8> {
-        let body = serde_json::to_vec(self).expect("numbers and strings always serialize");
-        let mut file = (Self::header(VERSION, checksum(&body)) + "\n").into_bytes();
-        file.extend_from_slice(&body);
+        // The header is as long whatever the checksum is, so the body is written where it stays.
+        let mut file = (Self::header(VERSION, 0) + "\n").into_bytes();
+        let body = file.len();
+        serde_json::to_writer(&mut file, self).expect("numbers and strings always serialize");
+        let header = Self::header(VERSION, checksum(&file[body..]));
+        file[..header.len()].copy_from_slice(header.as_bytes());
         file
     }
 
@@ -216,6 +222,16 @@ impl TensorRecord {
     }
 }
 
+/// Whether there are more levels of arrays and objects than `levels`.
+pub(crate) fn is_deeper(value: &serde_json::Value, levels: usize) -> bool {
+    let Some(below) = levels.checked_sub(1) else { return value.is_array() || value.is_object() };
+    match value {
+        serde_json::Value::Array(values) => values.iter().any(|value| is_deeper(value, below)),
+        serde_json::Value::Object(fields) => fields.values().any(|value| is_deeper(value, below)),
+        _ => false,
+    }
+}
+
 /// Longest header that is looked at, in bytes.
 const HEADER_MAX: usize = 128;
 
@@ -295,6 +311,22 @@ mod tests {
             assert!(matches!(Manifest::decode(&wrong.encode()), Err(ManifestError::Malformed { .. })));
         }
         assert_eq!(Manifest::decode(&sound.encode()), Ok(sound));
+    }
+
+    #[test]
+    fn what_may_go_with_a_commit_is_read_again_however_it_is_nested() {
+        let mut meta = serde_json::json!(1);
+        for level in 0..=META_LEVELS_MAX {
+            assert_eq!(is_deeper(&meta, META_LEVELS_MAX), level > META_LEVELS_MAX);
+            let manifest = Manifest { meta: meta.clone(), ..manifest(Vec::new()) };
+            assert_eq!(Manifest::decode(&manifest.encode()), Ok(manifest));
+            meta = if level % 2 == 0 {
+                serde_json::json!([meta])
+            } else {
+                serde_json::json!({ "deeper": meta })
+            };
+        }
+        assert!(is_deeper(&meta, META_LEVELS_MAX));
     }
 
     #[test]

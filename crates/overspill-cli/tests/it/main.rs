@@ -7,5 +7,7 @@ mod documents;
 mod full;
 mod memory;
 mod refusals;
+mod store_commands;
+mod store_commands_running;
 mod train;
 mod tune;

@@ -21,6 +21,7 @@
 //!
 //! A store that is dropped removes its directories, unless [`Store::keep`] was called or it was opened.
 
+mod attending;
 mod moves;
 mod opening;
 
@@ -29,16 +30,19 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub(crate) use self::opening::{check_dealt_alike, space_over};
+
 use overspill_io::{EngineStats, Lane, Space};
 
 use crate::directory::Directory;
 use crate::error::StoreError;
 use crate::extent::{EXTENT_ALIGNMENT, Extent};
 use crate::ledger::{self, Durability, Key, Ledger, Working, Worth};
-use crate::manifest::{LaneRecord, Manifest};
-use crate::snapshot;
+use crate::manifest::{LaneRecord, META_LEVELS_MAX, Manifest, is_deeper};
 use crate::steps::{Step, step};
 use crate::tensor::{Swapped, Vacant};
+use crate::wish::Sight;
+use crate::{snapshot, wish};
 
 /// Least number of bytes by which the data file grows.
 const GROWTH_BYTES: u64 = 64 << 20;
@@ -56,6 +60,8 @@ struct Inner {
     /// All volumes but the home.
     others: Vec<Directory>,
     home: Directory,
+    /// Files in the home that are named like snapshots and are none.
+    foreign: Vec<String>,
     state: Mutex<State>,
 }
 
@@ -72,6 +78,8 @@ struct State {
     generation: u64,
     /// Bytes written for tensors, in all runs together, as far as they committed.
     bytes_written: u64,
+    /// A flush of the home's names failed: which of them survive a loss of power is not known any more.
+    names_unknown: bool,
 }
 
 /// What the manifest on storage is worth.
@@ -92,6 +100,8 @@ impl Drop for Inner {
         // Files that only look like snapshots are somebody else's.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.home.forget(state.ledger.pins().map(snapshot::file_name));
+        let Sight { wishes, .. } = wish::look(self.home.path()).unwrap_or_default();
+        self.home.forget(wishes.iter().map(|name| wish::file_name(name)));
     }
 }
 
@@ -165,18 +175,24 @@ impl Store {
         Ok(Swapped::new(self.clone(), key))
     }
 
-    /// Makes the state that is on storage the next generation, durably and all at once; `meta` goes with it.
+    /// Makes the state that is on storage the next generation, durably and all at once; `meta` goes with it. Then
+    /// snapshots that other processes wish for are made ([`Store::ask_for_snapshot`]), and those that they deleted are
+    /// let go of.
     ///
     /// # Errors
-    /// [`StoreError::Unfinished`] when a write was not waited for or failed, [`StoreError::DiskFull`] and
-    /// [`StoreError::Directory`] with the action "write" when the next manifest could not be written: the last
-    /// generation is the committed one then, and the commit can be tried again. [`StoreError::Io`] when the data could
-    /// not be flushed and [`StoreError::Directory`] with the action "replace" when the manifest could not be replaced:
+    /// [`StoreError::MetaDepth`] for a `meta` that could not be read again. [`StoreError::Unfinished`] when a write was
+    /// not waited for or failed, [`StoreError::DiskFull`] and [`StoreError::Directory`] with the action "write" when the
+    /// next manifest could not be written: the last generation is the committed one then, and the commit can be tried
+    /// again. [`StoreError::Io`] when the data could not be flushed and [`StoreError::Directory`] with the action
+    /// "replace" when the manifest could not be replaced:
     /// which of the two generations survives a loss of power is unknown then, and every later commit is
     /// [`StoreError::Poisoned`].
     pub fn commit(&self, meta: serde_json::Value) -> Result<(), StoreError> {
         let mut state = self.state();
         self.check_sound(&state)?;
+        if is_deeper(&meta, META_LEVELS_MAX) {
+            return Err(StoreError::MetaDepth { path: self.path().to_owned(), levels_max: META_LEVELS_MAX });
+        }
         let unfinished = |key| StoreError::Unfinished { tensor: state.ledger.name(key).to_owned() };
         let manifest = Manifest {
             store: state.store,
@@ -201,6 +217,7 @@ impl Store {
         state.ledger.commit();
         state.generation = manifest.generation;
         state.standing = Standing::Committed { meta: manifest.meta };
+        self.attend(&mut state);
         Ok(())
     }
 
@@ -229,19 +246,11 @@ impl Store {
         let mut state = self.state();
         snapshot::check_name(name)?;
         self.check_sound(&state)?;
-        if !matches!(state.standing, Standing::Committed { .. }) {
-            return Err(StoreError::NothingCommitted { path: self.path().to_owned() });
+        if state.ledger.pins().any(|pin| pin == name) {
+            // Another process may have given it up since the last commit.
+            self.let_go(&mut state, vec![name.to_owned()]);
         }
-        let records = state.ledger.committed_records();
-        if state.ledger.pin(name, &records).is_err() {
-            return Err(StoreError::SnapshotExists { name: name.to_owned(), path: self.path().to_owned() });
-        }
-        if let Err(error) = snapshot::make(self.path(), name) {
-            state.ledger.unpin(name);
-            return Err(error);
-        }
-        // From here on the name may be found, durable or not, so what it names stays.
-        self.inner.home.sync().map_err(|source| failed("flush", self.path(), source))
+        self.keep_committed(&mut state, name)
     }
 
     /// Gives up a snapshot; what only it kept is free.
@@ -251,13 +260,13 @@ impl Store {
     pub fn delete_snapshot(&self, name: &str) -> Result<(), StoreError> {
         let mut state = self.state();
         snapshot::check_name(name)?;
-        match snapshot::delete(self.path(), name) {
+        match snapshot::delete(self.path(), name, Some(state.store)) {
             // An earlier call took the name away, and could not make that durable.
             Err(StoreError::NoSnapshot { .. }) if state.ledger.pins().any(|pin| pin == name) => {}
             deleted => deleted?,
         }
         // Only a name that is durably gone may lose its extents.
-        self.inner.home.sync().map_err(|source| failed("flush", self.path(), source))?;
+        self.flush_names(&mut state)?;
         state.ledger.unpin(name);
         Ok(())
     }
@@ -297,9 +306,14 @@ impl Store {
         self.inner.home.path()
     }
 
-    /// What a user may want to know about the data files: why one is not written directly, say.
+    /// What a user may want to know about the files: why one is not written directly, say, or which are not ours.
     pub fn note(&self) -> Option<String> {
-        self.inner.space.note()
+        let foreign = self.inner.foreign.join(", ");
+        let ignored = (!foreign.is_empty()).then(|| {
+            format!("{}: {foreign}: not a snapshot of this store, and ignored", self.path().display())
+        });
+        let notes: Vec<String> = self.inner.space.note().into_iter().chain(ignored).collect();
+        (!notes.is_empty()).then(|| notes.join("; "))
     }
 
     /// What was moved so far; see [`Space::stats`].

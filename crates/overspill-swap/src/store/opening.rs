@@ -11,11 +11,11 @@ use rustix::fs::{Mode, OFlags};
 
 use super::{Inner, Standing, State, Store, failed};
 use crate::directory::{self, Directory, MANIFEST, MANIFEST_PREVIOUS};
-use crate::error::StoreError;
+use crate::error::{Remedy, StoreError};
 use crate::extent::EXTENT_ALIGNMENT;
 use crate::ledger::{Conflict, Durability, Ledger};
 use crate::manifest::{Manifest, ManifestError};
-use crate::snapshot::{self, Snapshot};
+use crate::snapshot::{self, Found, Snapshot};
 use crate::volume::{self, Volume};
 
 impl Store {
@@ -65,7 +65,8 @@ impl Store {
             directory.sync_names().map_err(|source| failed("flush", directory.path(), source))?;
         }
         let ledger = Ledger::new(durability, capacity_bytes);
-        Ok(Self::over(space, directories, ledger, identity, &Manifest::default(), Standing::Nothing))
+        let manifest = Manifest { store: identity, ..Manifest::default() };
+        Ok(Self::over(space, directories, ledger, Vec::new(), &manifest, Standing::Nothing))
     }
 
     /// Opens the directory of a process that has ended, at its last commit; snapshots included.
@@ -92,23 +93,8 @@ impl Store {
         let path = volumes.first().map_or(Path::new(""), |home| &home.directory);
         let manifest_path = path.join(MANIFEST);
         let manifest = Self::committed(path)?;
-        let found = data_files(volumes, &directories).count();
-        if manifest.lanes.len() != found {
-            let files = manifest.lanes.into_iter().map(|lane| lane.file).collect();
-            return Err(StoreError::Volumes { path: manifest_path, files, found });
-        }
-        for (index, volume) in directories.iter().enumerate() {
-            if manifest.store != 0 && volume.label()? != directory::label(manifest.store, index) {
-                let (path, home) = (volume.path().to_owned(), path.to_owned());
-                return Err(StoreError::ForeignVolume { path, home });
-            }
-        }
-        let mut lanes = Vec::with_capacity(found);
-        for ((engine, path), record) in data_files(volumes, &directories).zip(&manifest.lanes) {
-            lanes.push(Lane { engine: engine.clone(), file: engine.open(&path)?, weight: record.weight });
-        }
-        let space = Space::new(lanes, manifest.stripe_bytes)?;
-        let snapshots = snapshot::list(path)?;
+        let space = space_over(volumes, &directories, &manifest)?;
+        let (snapshots, foreign) = snapshot::list(path, Some(manifest.store))?;
         // The data files grow and never shrink; a restored snapshot knows only how long they were then.
         let capacities = snapshots.iter().map(|snapshot| snapshot.manifest.capacity());
         let capacity_bytes = capacities.fold(manifest.capacity(), u64::max);
@@ -119,28 +105,27 @@ impl Store {
             }
         }
         let contradicts = |path: PathBuf| {
-            |Conflict { tensor }| StoreError::Manifest {
-                path,
-                source: ManifestError::Malformed { reason: format!("tensor {tensor} has bytes of another") },
+            |Conflict { tensor }| {
+                let reason = format!("tensor {tensor} has bytes of another");
+                StoreError::Manifest {
+                    path,
+                    source: ManifestError::Malformed { reason },
+                    remedy: Remedy::None,
+                }
             }
         };
         let mut ledger = Ledger::restore(durability, capacity_bytes, &manifest.tensors)
             .map_err(contradicts(manifest_path))?;
         for Snapshot { name, manifest: pinned } in snapshots {
             let path = snapshot::path(path, &name);
-            let weights =
-                |manifest: &Manifest| -> Vec<_> { manifest.lanes.iter().map(|lane| lane.weight).collect() };
-            if (pinned.stripe_bytes, weights(&pinned)) != (manifest.stripe_bytes, weights(&manifest)) {
-                let reason = "its bytes are dealt to other data files".to_owned();
-                return Err(StoreError::Manifest { path, source: ManifestError::Malformed { reason } });
-            }
+            check_dealt_alike(&path, &pinned, &manifest)?;
             ledger.pin(&name, &pinned.tensors).map_err(contradicts(path))?;
         }
         for directory in &directories {
             directory.sign()?;
         }
         let standing = Standing::Committed { meta: manifest.meta.clone() };
-        Ok(Self::over(space, directories, ledger, manifest.store, &manifest, standing))
+        Ok(Self::over(space, directories, ledger, foreign, &manifest, standing))
     }
 
     /// What was committed to the store in `path`, whoever has it open.
@@ -151,6 +136,12 @@ impl Store {
         match directory::read_manifest(&path.join(MANIFEST)) {
             Err(StoreError::Directory { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 Err(StoreError::NothingCommitted { path: path.to_owned() })
+            }
+            Err(StoreError::Manifest { path: manifest, source, .. }) => {
+                let previous = directory::read_manifest(&path.join(MANIFEST_PREVIOUS));
+                let remedy =
+                    previous.map_or(Remedy::None, |_| Remedy::RestorePrevious { path: path.to_owned() });
+                Err(StoreError::Manifest { path: manifest, source, remedy })
             }
             read => read,
         }
@@ -168,12 +159,14 @@ impl Store {
     pub fn restore(path: &Path, snapshot: &str) -> Result<(), StoreError> {
         snapshot::check_name(snapshot)?;
         let directory = Directory::open(path, 0)?;
-        let known = snapshot::names(path)?;
-        if !known.iter().any(|name| name == snapshot) {
-            let (name, path) = (snapshot.to_owned(), path.to_owned());
-            return Err(StoreError::NoSnapshot { name, path, known });
+        let store = directory::read_label(path).map(|(store, _)| store);
+        match snapshot::find(path, snapshot, store)? {
+            Found::Snapshot(manifest) => Self::make_current(&directory, manifest).map(drop),
+            Found::Foreign | Found::Nothing => {
+                let (name, known) = (snapshot.to_owned(), snapshot::known(path, store)?);
+                Err(StoreError::NoSnapshot { name, path: path.to_owned(), known })
+            }
         }
-        Self::make_current(&directory, &snapshot::path(path, snapshot))
     }
 
     /// Makes the generation before the last commit the current one again, of a store that nobody has open: what it
@@ -183,32 +176,34 @@ impl Store {
     /// As [`Store::open`].
     pub fn restore_previous(path: &Path) -> Result<(), StoreError> {
         let directory = Directory::open(path, 0)?;
-        Self::make_current(&directory, &path.join(MANIFEST_PREVIOUS))
+        let manifest = directory::read_manifest(&path.join(MANIFEST_PREVIOUS))?;
+        Self::make_current(&directory, manifest).map(drop)
     }
 
-    /// Commits the generation that `manifest` describes once more, under a number of its own.
-    fn make_current(directory: &Directory, manifest: &Path) -> Result<(), StoreError> {
-        let mut next = directory::read_manifest(manifest)?;
+    /// Commits the generation that a manifest describes once more, under a number of its own, which is returned.
+    pub(crate) fn make_current(directory: &Directory, mut next: Manifest) -> Result<u64, StoreError> {
         // The one that is current now may be what is damaged.
         let current = directory::read_manifest(&directory.path().join(MANIFEST));
         let generation = current.map_or(next.generation, |current| current.generation);
         next.generation = generation.max(next.generation).saturating_add(1);
         directory.sign()?;
-        directory.publish(&next.encode())
+        directory.publish(&next.encode())?;
+        Ok(next.generation)
     }
 
     fn over(
         space: Space,
         mut directories: Vec<Directory>,
         ledger: Ledger,
-        store: u64,
+        foreign: Vec<String>,
         manifest: &Manifest,
         standing: Standing,
     ) -> Self {
-        let &Manifest { generation, bytes_written, .. } = manifest;
-        let state = State { ledger, claimed: HashSet::new(), standing, store, generation, bytes_written };
+        let &Manifest { store, generation, bytes_written, .. } = manifest;
+        let (claimed, names_unknown) = (HashSet::new(), false);
+        let state = State { ledger, claimed, standing, store, generation, bytes_written, names_unknown };
         let home = directories.remove(0);
-        let inner = Inner { space, others: directories, home, state: Mutex::new(state) };
+        let inner = Inner { space, others: directories, home, foreign, state: Mutex::new(state) };
         Self { inner: Arc::new(inner) }
     }
 
@@ -249,6 +244,44 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// The space over the data files of all volumes, as a manifest deals it to them.
+///
+/// # Errors
+/// [`StoreError::Volumes`] and [`StoreError::ForeignVolume`] when these are not the volumes that it means.
+pub(crate) fn space_over(
+    volumes: &[Volume],
+    directories: &[Directory],
+    manifest: &Manifest,
+) -> Result<Space, StoreError> {
+    let home = directories.first().map_or(Path::new(""), Directory::path);
+    let found = data_files(volumes, directories).count();
+    if manifest.lanes.len() != found {
+        let files = manifest.lanes.iter().map(|lane| lane.file.clone()).collect();
+        return Err(StoreError::Volumes { path: home.join(MANIFEST), files, found });
+    }
+    for (index, volume) in directories.iter().enumerate() {
+        if manifest.store != 0 && volume.label()? != directory::label(manifest.store, index) {
+            let (path, home) = (volume.path().to_owned(), home.to_owned());
+            return Err(StoreError::ForeignVolume { path, home });
+        }
+    }
+    let mut lanes = Vec::with_capacity(found);
+    for ((engine, path), record) in data_files(volumes, directories).zip(&manifest.lanes) {
+        lanes.push(Lane { engine: engine.clone(), file: engine.open(&path)?, weight: record.weight });
+    }
+    Ok(Space::new(lanes, manifest.stripe_bytes)?)
+}
+
+/// A snapshot's offsets mean something only in the space of the current generation.
+pub(crate) fn check_dealt_alike(path: &Path, other: &Manifest, current: &Manifest) -> Result<(), StoreError> {
+    let weights = |manifest: &Manifest| -> Vec<_> { manifest.lanes.iter().map(|lane| lane.weight).collect() };
+    if (other.stripe_bytes, weights(other)) == (current.stripe_bytes, weights(current)) {
+        return Ok(());
+    }
+    let source = ManifestError::Malformed { reason: "its bytes are dealt to other data files".to_owned() };
+    Err(StoreError::Manifest { path: path.to_owned(), source, remedy: Remedy::None })
 }
 
 /// More than any file can have stays more than that.

@@ -1,0 +1,65 @@
+//! `overspill restore`: makes a snapshot, or the generation before the last commit, the current one.
+//!
+//! What is gone back to is read before: a generation that is not whole would replace one that may be.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use overspill_io::BackendChoice;
+use overspill_swap::{Examination, Generation, Scope, Store, StoreError, Verdict};
+
+use crate::store::{self, Reader};
+use crate::{interrupt, output, verify};
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArguments {
+    /// The store, or the directory that a run swaps to; of several disks, the first
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+
+    /// The snapshot
+    #[arg(value_name = "NAME", required_unless_present = "previous", conflicts_with = "previous")]
+    name: Option<String>,
+
+    /// The generation before the last commit
+    #[arg(long)]
+    previous: bool,
+
+    /// Do not read it before
+    #[arg(long)]
+    unchecked: bool,
+
+    /// A further directory of the store, if it lies on several disks that were moved
+    #[arg(long, value_name = "DIR")]
+    volume: Vec<PathBuf>,
+
+    /// How bytes are moved: auto, io_uring, aio or threads
+    #[arg(long, value_name = "NAME", default_value = "auto", env = "OVERSPILL_BACKEND")]
+    backend: BackendChoice,
+}
+
+pub(crate) fn run(arguments: &RestoreArguments) -> anyhow::Result<()> {
+    let stop = interrupt::stop_flag()?;
+    let mut directories = vec![store::resolve(&arguments.directory)];
+    directories.extend(store::resolve_all(&arguments.volume));
+    let target = arguments.name.clone().map_or(Generation::Previous, Generation::Snapshot);
+    if arguments.unchecked {
+        store::alone(match &target {
+            Generation::Snapshot(name) => Store::restore(&directories[0], name),
+            Generation::Previous | Generation::Committed => Store::restore_previous(&directories[0]),
+        })?;
+    } else {
+        let reader = Reader::start(&directories, arguments.backend)?;
+        let examination = store::alone(Examination::begin(&reader.volumes))?;
+        let findings = verify::read(&examination, &reader, Scope::Only(&target), &stop)?;
+        if !findings.is_whole(&target) {
+            let flaws = findings.verdicts.iter().filter_map(|Verdict { flaw, .. }| flaw.clone());
+            let damaged = flaws.chain(findings.damaged.iter().map(ToString::to_string)).collect();
+            return Err(StoreError::NotWhole { what: target.to_string(), damaged }.into());
+        }
+        examination.restore(&target)?;
+    }
+    let step = Store::committed(&directories[0])?.step().map(|step| format!(", step {step}"));
+    output::say(&format!("{target} is the committed generation now{}", step.unwrap_or_default()));
+    Ok(())
+}
