@@ -7,7 +7,9 @@ use overspill_io::BackendChoice;
 use overspill_train::ByteSize;
 
 use crate::bench::cells::Cell;
+use crate::export::ExportArguments;
 use crate::gc::GcArguments;
+use crate::import::ImportArguments;
 use crate::inspect::InspectArguments;
 use crate::restore::RestoreArguments;
 use crate::snapshot::SnapshotArguments;
@@ -26,6 +28,10 @@ pub(crate) enum Command {
     /// Train a transformer whose parameters, gradients and optimizer state live on storage
     #[command(args_override_self = true)]
     Train(Box<TrainArguments>),
+    /// Take the weights, or the whole state, of a kept run out of its store, or out of a snapshot while the run goes on
+    Export(ExportArguments),
+    /// Make a store that `train --resume` goes on from, out of an exported state or a Hugging Face folder
+    Import(ImportArguments),
     /// Measure this machine, beside the best that is known
     #[command(subcommand)]
     Bench(BenchCommand),

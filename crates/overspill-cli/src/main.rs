@@ -7,7 +7,9 @@
 
 mod args;
 mod bench;
+mod export;
 mod gc;
+mod import;
 mod inspect;
 mod interrupt;
 mod motion;
@@ -38,6 +40,8 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = threads::start().and_then(|()| match arguments.command {
         Command::Train(arguments) => train::run(&arguments, baseline_rss_bytes),
+        Command::Export(arguments) => export::run(&arguments),
+        Command::Import(arguments) => import::run(&arguments),
         Command::Bench(BenchCommand::Io(arguments)) => bench::io::run(&arguments),
         Command::Bench(BenchCommand::Adam(arguments)) => bench::adam::run(&arguments),
         Command::Bench(BenchCommand::Turns(arguments)) => bench::turns::run(&arguments),

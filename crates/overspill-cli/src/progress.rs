@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use overspill_train::ByteSize;
-use overspill_train::home::IoReport;
+use overspill_train::home::{IoReport, Left};
 use overspill_train::run::{Observer, RunFacts};
 use overspill_train::trainer::StepReport;
 
@@ -117,11 +117,13 @@ impl Observer for Progress {
             Display::Bar(bar) => {
                 if is_first {
                     bar.reset();
-                    bar.set_style(style("step {pos}/{len} [{bar:30}] {msg}  {eta} left"));
+                    bar.set_style(style("step {pos}/{len} [{bar:30}] {msg}"));
                     bar.set_length(self.steps);
                 }
                 bar.set_position(step.step);
-                bar.set_message(format!("loss {:.3}  {speed}", step.loss));
+                let steps = (step.step - self.finished, self.steps - step.step);
+                let left = HumanDuration(time_left(self.started.elapsed(), steps));
+                bar.set_message(format!("loss {:.3}  {speed}  {left:#} left", step.loss));
             }
             Display::Lines { last } => {
                 let due = last.is_none_or(|last| last.elapsed() >= LINE_EVERY) || step.step == self.steps;
@@ -138,6 +140,20 @@ impl Observer for Progress {
 
     fn exported(&mut self, units_done: usize, units: usize) {
         self.units("writing the model", units_done, units);
+    }
+
+    fn left(&mut self, left: &Left) {
+        let Left { path, step } = left;
+        let path = path.display();
+        match *step >= self.steps {
+            true => self.say(&format!(
+                "the state after the last step, {step}, is kept in {path}; overspill export {path} FOLDER takes it out"
+            )),
+            false => self.say(&format!(
+                "the state after step {step} of {} is kept in {path}; go on with the same arguments and --resume",
+                self.steps
+            )),
+        }
     }
 }
 
@@ -195,4 +211,27 @@ impl Moved {
 fn style(template: &str) -> ProgressStyle {
     let style = ProgressStyle::with_template(template);
     style.expect("the templates in this file are well-formed").progress_chars("=> ")
+}
+
+/// Nobody waits longer: a hundred years.
+const FOREVER_SECONDS: f64 = 100.0 * 365.0 * 86_400.0;
+
+/// The time that the steps to come will take, if each takes as long as those of this run did.
+fn time_left(elapsed: Duration, (done, to_come): (u64, u64)) -> Duration {
+    let seconds = elapsed.as_secs_f64() / done.max(1) as f64 * to_come as f64;
+    Duration::from_secs_f64(seconds.min(FOREVER_SECONDS))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_of_earlier_runs_are_not_taken_for_fast_ones() {
+        // Resumed after step 90 of 100; two steps took four seconds.
+        assert_eq!(time_left(Duration::from_secs(4), (92 - 90, 100 - 92)), Duration::from_secs(16));
+        assert_eq!(time_left(Duration::from_secs(4), (2, 0)), Duration::ZERO);
+        assert_eq!(time_left(Duration::ZERO, (0, 5)), Duration::ZERO);
+        assert!(time_left(Duration::from_secs(9), (1, u64::MAX)) < Duration::MAX, "no step count overflows");
+    }
 }

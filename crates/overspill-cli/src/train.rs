@@ -101,6 +101,11 @@ fn table(summary: &Summary) -> Table {
         "peak resident memory",
         format!("{} ({} before the run)", size(s.peak_rss_bytes), size(s.baseline_rss_bytes)),
     );
+    let (Some(loss_first), Some(loss_last)) = (s.loss_first, s.loss_last) else {
+        let steps = s.first_step.saturating_sub(1);
+        table.line("steps", format!("nothing left to do: all {steps} steps were done"));
+        return table;
+    };
     if s.memory_budget_bytes.is_some() {
         table.line(
             "moved per parameter and step",
@@ -125,7 +130,7 @@ fn table(summary: &Summary) -> Table {
         format!("{:.3} s, of which the update {:.3} s", s.step_seconds_median, s.update_seconds_median),
     );
     table.line("speed", format!("{:.0} tokens/s", s.tokens_per_second));
-    table.line("loss", format!("{:.3} → {:.3} in {} steps", s.loss_first, s.loss_last, s.steps));
+    table.line("loss", format!("{:.3} → {:.3} in {} steps", loss_first, loss_last, s.steps));
     table
 }
 

@@ -64,12 +64,17 @@ enum Access {
 impl File {
     /// Makes a file that does not exist yet, readable and writable by its owner only.
     pub(crate) fn create(path: &Path, doorbell: &Arc<Doorbell>) -> Result<File, IoError> {
-        File::open_with("create", path, OFlags::CREATE | OFlags::EXCL, doorbell)
+        File::open_with("create", path, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL, doorbell)
     }
 
     /// Opens a file that exists.
     pub(crate) fn open(path: &Path, doorbell: &Arc<Doorbell>) -> Result<File, IoError> {
-        File::open_with("open", path, OFlags::empty(), doorbell)
+        File::open_with("open", path, OFlags::RDWR, doorbell)
+    }
+
+    /// Opens a file that exists, and that somebody else may be writing.
+    pub(crate) fn open_to_read(path: &Path, doorbell: &Arc<Doorbell>) -> Result<File, IoError> {
+        File::open_with("open", path, OFlags::RDONLY, doorbell)
     }
 
     /// A nameless file in memory, on which a backend can prove that it works.
@@ -264,10 +269,10 @@ impl File {
     fn open_with(
         action: &'static str,
         path: &Path,
-        extra: OFlags,
+        how: OFlags,
         doorbell: &Arc<Doorbell>,
     ) -> Result<File, IoError> {
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | extra;
+        let flags = OFlags::CLOEXEC | OFlags::NOFOLLOW | how;
         let failed =
             |errno: Errno| IoError::File { action, path: path.to_owned(), errno: errno.raw_os_error() };
         check_power(doorbell).map_err(failed)?;

@@ -147,12 +147,7 @@ impl Directory {
 
     /// Which volume of which store it says it is; nothing if it is of a time when they said nothing.
     pub(crate) fn label(&self) -> Result<String, StoreError> {
-        let path = self.path.join(VOLUME);
-        match read_file(&path, LABEL_BYTES_MAX) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-            Err(source) => Err(StoreError::Directory { action: "read", path, source }),
-            Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
-        }
+        label_text(&self.path)
     }
 
     /// Names of all files that belong to it, whether they exist or not.
@@ -191,6 +186,11 @@ impl Directory {
     /// Leaves the directory on storage when this value is dropped.
     pub(crate) fn keep(&self) {
         self.kept.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the directory stays when this value is dropped.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.kept.load(Ordering::Relaxed)
     }
 
     /// Writes the current manifest: aside, made durable, and renamed, so that a reader finds the old one or the new
@@ -263,7 +263,7 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        if !self.kept.load(Ordering::Relaxed) {
+        if !self.is_kept() {
             self.remove();
         }
         // Closing would do, but for a process that was forked meanwhile and has the descriptor, too.
@@ -292,6 +292,16 @@ pub(crate) fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// Which volume of which store a directory says it is; nothing if it is of a time when they said nothing.
+pub(crate) fn label_text(directory: &Path) -> Result<String, StoreError> {
+    let path = directory.join(VOLUME);
+    match read_file(&path, LABEL_BYTES_MAX) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        Err(source) => Err(StoreError::Directory { action: "read", path, source }),
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+    }
+}
+
 /// Reads a manifest, or a snapshot's.
 ///
 /// # Errors
@@ -307,8 +317,7 @@ pub(crate) fn read_manifest(path: &Path) -> Result<Manifest, StoreError> {
 
 /// Which volume of which store a label names; `None` for what is no label.
 pub(crate) fn read_label(directory: &Path) -> Option<(u64, usize)> {
-    let bytes = read_file(&directory.join(VOLUME), LABEL_BYTES_MAX).ok()?;
-    let text = str::from_utf8(&bytes).ok()?;
+    let text = label_text(directory).ok()?;
     let (store, index) = text.split_once(' ')?;
     let (store, index) = (u64::from_str_radix(store, 16).ok()?, index.parse().ok()?);
     (label(store, index) == text).then_some((store, index))

@@ -98,7 +98,7 @@ pub use names::outage::{Endangered, Links, endanger};
 pub use profile::{Profile, ProfileError};
 #[cfg(feature = "sim")]
 pub use steps::{Step, watch_steps};
-pub use store::{Store, Usage};
+pub use store::{Store, Usage, View, ViewLoading};
 pub use survey::{
     Blocks, Damage, Damaged, DataFile, Examination, Findings, Fragmentation, Generation, GenerationState,
     Leftover, Remains, Scope, Survey, Verdict, leftovers, remove_leftover,

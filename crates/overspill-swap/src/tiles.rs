@@ -44,7 +44,12 @@ pub fn adopt(store: &Store, name: &str, bytes: usize, tile_bytes: usize) -> Resu
 
 fn named_tiles(name: &str, bytes: usize, tile_bytes: usize) -> impl Iterator<Item = (String, usize)> {
     assert!(tile_bytes.is_multiple_of(BLOCK_ALIGNMENT), "tiles of {tile_bytes} bytes");
-    tile_lengths(bytes, tile_bytes).enumerate().map(move |(i, length)| (format!("{name}/{i}"), length))
+    tile_lengths(bytes, tile_bytes).enumerate().map(move |(i, length)| (tile_name(name, i), length))
+}
+
+/// What a tile of a tensor is called.
+pub fn tile_name(tensor: &str, index: usize) -> String {
+    format!("{tensor}/{index}")
 }
 
 /// The lengths of the tiles that `bytes` are cut into.

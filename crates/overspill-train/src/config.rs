@@ -201,8 +201,20 @@ impl ModelConfig {
         config.checked().map_err(|e| malformed(e.to_string()))
     }
 
+    /// Whether a model of the one shape computes with the weights of the other what that one does: everything is equal
+    /// but what only says how it was made, or for what.
+    pub(crate) fn computes_as(&self, other: &Self) -> bool {
+        let Self { max_positions, initializer_range, .. } = *other;
+        *other == Self { max_positions, initializer_range, ..self.clone() }
+    }
+
     /// The text of a `config.json` that the `transformers` library reads.
     pub fn to_json(&self) -> String {
+        format!("{:#}\n", Value::Object(self.to_fields()))
+    }
+
+    /// The fields of that text.
+    pub(crate) fn to_fields(&self) -> Map<String, Value> {
         let mut rope = Map::new();
         rope.insert("rope_theta".into(), self.rope.theta.into());
         rope.insert(
@@ -239,7 +251,8 @@ impl ModelConfig {
             // Releases of transformers before 5 read the scaling under its older name.
             file["rope_scaling"] = file["rope_parameters"].clone();
         }
-        format!("{file:#}\n")
+        let Value::Object(fields) = file else { unreachable!("it was made as an object") };
+        fields
     }
 }
 
@@ -273,12 +286,17 @@ pub(crate) fn fields(text: &str, path: &Path) -> Result<Map<String, Value>, Conf
         .map_err(|e| ConfigError::Malformed { path: path.to_owned(), reason: e.to_string() })
 }
 
-/// The text of a `config.json` with these fields, but for weights as `f32`.
-pub(crate) fn with_f32_weights(mut fields: Map<String, Value>) -> String {
+/// A folder by a path that is good in every working directory.
+pub(crate) fn absolute(folder: &Path) -> PathBuf {
+    std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned())
+}
+
+/// The text of a `config.json` with these fields, but for weights of this dtype, in torch's words.
+pub(crate) fn with_dtype(mut fields: Map<String, Value>, dtype: &str) -> String {
     // Releases of transformers before 5 know the older name only; newer ones prefer the newer name.
-    fields.insert("torch_dtype".to_owned(), DTYPE.into());
-    if let Some(dtype) = fields.get_mut("dtype") {
-        *dtype = DTYPE.into();
+    fields.insert("torch_dtype".to_owned(), dtype.into());
+    if let Some(newer) = fields.get_mut("dtype") {
+        *newer = dtype.into();
     }
     format!("{:#}\n", Value::Object(fields))
 }

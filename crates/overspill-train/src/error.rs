@@ -10,6 +10,7 @@ use overspill_swap::{ProfileError, StoreError};
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::data::DataError;
+use crate::home::Left;
 use crate::plan::TooSmall;
 
 /// Why a training run could not start or go on.
@@ -70,12 +71,80 @@ pub enum TrainError {
         /// Its value.
         value: f64,
     },
-    /// An earlier step failed half-way, so there is no state to go on from.
-    #[error("an earlier step failed, and its state is lost: start again")]
-    Lost,
+    /// The weights on storage are those of a model of another shape.
+    #[error(
+        "{} has the weights of another model than this run's: give --model the folder that they came from, or the same \
+         shape (there it is {then}, here {now})",
+        path.display()
+    )]
+    OtherModel {
+        /// The store's home.
+        path: PathBuf,
+        /// The shape of the model on storage.
+        then: String,
+        /// The shape of this run's model.
+        now: String,
+    },
+    /// The state on storage does not say what its model is.
+    #[error(
+        "{} was committed by an older version, without the model's configuration: resume it with this one first, \
+         which adds it",
+        path.display()
+    )]
+    NoOrigin {
+        /// The store's home.
+        path: PathBuf,
+    },
+    /// What was committed is no training state, or not all of one.
+    #[error("{} is not a training state: {reason}", path.display())]
+    NotAState {
+        /// The store's home, or the file that describes the state.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Nothing was committed that could be taken out.
+    #[error("{} has no committed state", path.display())]
+    NothingCommitted {
+        /// The store's home.
+        path: PathBuf,
+    },
+    /// The owner of the state is at work.
+    #[error(
+        "{path} is in use{owner}: take a snapshot (overspill snapshot {path} NAME) and export that (--snapshot NAME)",
+        path = path.display(), owner = pid.map(|pid| format!(" by process {pid}")).unwrap_or_default()
+    )]
+    InUse {
+        /// The store's home.
+        path: PathBuf,
+        /// The owner's process id, when it could be read.
+        pid: Option<u32>,
+    },
+    /// The folder that the tokenizer came from has none any more.
+    #[error("{} has no tokenizer.json any more: say with --tokenizer where the model's tokenizer is", folder.display())]
+    TokenizerGone {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// An earlier step failed half-way, so there is no state to go on from here.
+    #[error("an earlier step failed, and its state is lost: {}", after_loss(left.as_ref()))]
+    Lost {
+        /// What a later run can go on from.
+        left: Option<Left>,
+    },
     /// Somebody asked to stop.
     #[error("interrupted")]
     Interrupted,
+}
+
+/// What to do without the state of a step that failed.
+fn after_loss(left: Option<&Left>) -> String {
+    match left {
+        Some(Left { path, step }) => {
+            format!("the one after step {step} is kept in {}; go on from it with --resume", path.display())
+        }
+        None => "start again".to_owned(),
+    }
 }
 
 /// Ends what is going on once somebody asked to stop.

@@ -6,56 +6,149 @@
 //! the seed and the step.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
+use crate::config::ModelConfig;
 use crate::error::TrainError;
 
-/// What a run's numbers depend on, by name, each in words that are equal when the values are.
+/// What a run's numbers depend on, by name, each in words that are equal when the values are; and what its model is, so
+/// that the state can be taken out without the run's arguments.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Identity(BTreeMap<&'static str, String>);
+pub struct Identity {
+    run: BTreeMap<&'static str, String>,
+    model: Option<ModelOrigin>,
+}
+
+/// What a model is, beside its weights.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelOrigin {
+    /// The fields of its `config.json`.
+    pub config: Map<String, Value>,
+    /// The folder with its tokenizer; `None` when text is read byte by byte.
+    pub tokenizer: Option<PathBuf>,
+}
+
+/// What a state was committed with, by its name in the JSON.
+const STEP: &str = "step";
+const TILE_BYTES: &str = "tile_bytes";
+const RUN: &str = "run";
+const CONFIG: &str = "config";
+const TOKENIZER: &str = "tokenizer";
 
 impl Identity {
     /// Adds something that the numbers depend on.
     #[must_use]
     pub fn with(mut self, name: &'static str, value: &dyn ToString) -> Self {
-        self.0.insert(name, value.to_string());
+        self.run.insert(name, value.to_string());
         self
+    }
+
+    /// Adds what the model is.
+    #[must_use]
+    pub fn of_model(self, model: ModelOrigin) -> Self {
+        Self { model: Some(model), ..self }
     }
 
     /// What is committed with the state after `step`, which is cut into tiles of `tile_bytes`.
     pub(crate) fn meta(&self, step: u64, tile_bytes: usize) -> Value {
-        json!({ "step": step, "tile_bytes": tile_bytes, "run": self.0 })
+        let mut meta = json!({ STEP: step, TILE_BYTES: tile_bytes, RUN: self.run });
+        if let Some(model) = &self.model {
+            model.add_to(&mut meta);
+        }
+        meta
     }
 
     /// The tiles of the state that was committed with `meta`; `None` if it does not say.
     pub(crate) fn tile_bytes(meta: &Value) -> Option<usize> {
-        usize::try_from(meta["tile_bytes"].as_u64()?).ok()
+        usize::try_from(meta[TILE_BYTES].as_u64()?).ok()
     }
 
-    /// The step after which the state is that was committed with `meta`.
+    /// The same, of a state that is cut into other tiles.
+    pub(crate) fn with_tile_bytes(mut meta: Value, tile_bytes: usize) -> Value {
+        meta[TILE_BYTES] = tile_bytes.into();
+        meta
+    }
+
+    /// The step after which the state is that was committed with `meta`; `None` if it does not say.
+    pub(crate) fn step(meta: &Value) -> Option<u64> {
+        meta[STEP].as_u64()
+    }
+
+    /// The step after which the state is that was committed with `meta`. Weights that no run has touched are those of
+    /// every run of a model of their shape.
     ///
     /// # Errors
-    /// [`TrainError::OtherRun`] when it is another run's, naming the first difference.
+    /// [`TrainError::OtherRun`] when it is another run's, naming the first difference; [`TrainError::OtherModel`].
     pub(crate) fn check(&self, path: &Path, meta: &Value) -> Result<u64, TrainError> {
         let other = |what: &str, then: String, now: String| {
             let (path, what) = (path.to_owned(), what.to_owned());
             Err(TrainError::OtherRun { path, what, then, now })
         };
-        let (Some(step), Some(run)) = (meta["step"].as_u64(), meta["run"].as_object()) else {
+        if let (Some(0), Some(Value::Null), Some(model)) = (Self::step(meta), meta.get(RUN), &self.model) {
+            return self.check_weights(path, meta, model);
+        }
+        let (Some(step), Some(run)) = (Self::step(meta), meta[RUN].as_object()) else {
             return other("contents", "not a training state".to_owned(), "one".to_owned());
         };
-        for (&name, now) in &self.0 {
+        for (&name, now) in &self.run {
             let then = run.get(name).and_then(Value::as_str).unwrap_or("not known");
             if then != now {
                 return other(name, then.to_owned(), now.clone());
             }
         }
-        if let Some(name) = run.keys().find(|name| !self.0.contains_key(name.as_str())) {
+        if let Some(name) = run.keys().find(|name| !self.run.contains_key(name.as_str())) {
             return other(name, "known".to_owned(), "not".to_owned());
         }
         Ok(step)
+    }
+
+    fn check_weights(&self, path: &Path, meta: &Value, model: &ModelOrigin) -> Result<u64, TrainError> {
+        let then = ModelOrigin::of(path, meta)?.shape(path)?;
+        let now = model.shape(path)?;
+        if then.computes_as(&now) {
+            return Ok(0);
+        }
+        Err(TrainError::OtherModel {
+            path: path.to_owned(),
+            then: format!("{then:?}"),
+            now: format!("{now:?}"),
+        })
+    }
+}
+
+impl ModelOrigin {
+    /// What is committed with weights that no run has touched.
+    pub(crate) fn untouched(&self, tile_bytes: usize) -> Value {
+        let mut meta = json!({ STEP: 0, TILE_BYTES: tile_bytes, RUN: null });
+        self.add_to(&mut meta);
+        meta
+    }
+
+    /// The model of the state that was committed with `meta` to the store in `path`.
+    ///
+    /// # Errors
+    /// [`TrainError::NoOrigin`] if it does not say.
+    pub(crate) fn of(path: &Path, meta: &Value) -> Result<Self, TrainError> {
+        let Some(config) = meta[CONFIG].as_object() else {
+            return Err(TrainError::NoOrigin { path: path.to_owned() });
+        };
+        Ok(Self { config: config.clone(), tokenizer: meta[TOKENIZER].as_str().map(PathBuf::from) })
+    }
+
+    /// The model's shape; `path` is named in errors.
+    pub(crate) fn shape(&self, path: &Path) -> Result<ModelConfig, TrainError> {
+        Ok(ModelConfig::from_json(&Value::Object(self.config.clone()).to_string(), path)?)
+    }
+
+    fn add_to(&self, meta: &mut Value) {
+        meta[CONFIG] = self.config.clone().into();
+        meta[TOKENIZER] = match &self.tokenizer {
+            // Bytes that are no UTF-8 are replaced: the folder can still be named when it is asked for.
+            Some(folder) => folder.to_string_lossy().into(),
+            None => Value::Null,
+        };
     }
 }
 
@@ -81,5 +174,32 @@ mod tests {
         for odd in [json!(null), json!({ "step": 1 }), json!({ "step": -1, "run": {} }), json!([1])] {
             assert!(matches!(identity.check(path, &odd), Err(TrainError::OtherRun { .. })), "{odd}");
         }
+    }
+
+    fn origin(hidden: usize, initializer_range: f64) -> ModelOrigin {
+        let config = json!({ "vocab_size": 8, "hidden_size": hidden, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "intermediate_size": 8, "initializer_range": initializer_range });
+        let Value::Object(config) = config else { unreachable!("it is an object") };
+        ModelOrigin { config, tokenizer: Some("model".into()) }
+    }
+
+    #[test]
+    fn untouched_weights_are_the_start_of_any_run_of_their_shape() {
+        let path = Path::new("store");
+        let meta = origin(8, 0.02).untouched(4096);
+        assert_eq!(ModelOrigin::of(path, &meta).unwrap(), origin(8, 0.02));
+        for seed in [1, 2] {
+            let run = Identity::default().with("--seed", &seed).of_model(origin(8, 0.5));
+            assert_eq!(run.check(path, &meta).unwrap(), 0);
+        }
+        let other = Identity::default().of_model(origin(16, 0.02)).check(path, &meta);
+        assert!(matches!(other, Err(TrainError::OtherModel { .. })), "{other:?}");
+        // A state of a later step is somebody's.
+        let mut later = meta;
+        later[STEP] = 1.into();
+        let run = Identity::default().of_model(origin(8, 0.02));
+        assert!(matches!(run.check(path, &later), Err(TrainError::OtherRun { .. })));
+        let old = Identity::default().with("--seed", &1).meta(3, 4096);
+        assert!(matches!(ModelOrigin::of(path, &old), Err(TrainError::NoOrigin { .. })));
     }
 }

@@ -8,6 +8,8 @@
 //!                           └─ memory: the reference
 //! ```
 //!
+//! The state of a run goes to other programs and comes from them through [`transfer`].
+//!
 //! A unit's weights are fetched, used and released as a whole; gradients leave memory unit by unit; the optimizer
 //! updates tile by tile. The plan decides how much memory each of them may take, before the first byte is allocated.
 //!
@@ -45,6 +47,7 @@ pub mod run;
 pub mod schedule;
 mod size;
 pub mod trainer;
+pub mod transfer;
 mod volumes;
 
 pub use error::{TrainError, check_stop};

@@ -133,6 +133,19 @@ fn candidates(fixed: Fixed, longest: usize) -> impl Iterator<Item = (usize, usiz
     good.chain(short).filter(move |&(_, tile)| fits(tile))
 }
 
+/// Bytes of the tiles that a state is cut into before anybody knows the run: the shortest that the disk still likes, for
+/// which there is a plan in most budgets.
+pub(crate) fn tile_bytes_for_any(layout: &ModelLayout) -> usize {
+    let longest = layout.largest_unit_bytes() / size_of::<f32>();
+    TILE_ELEMENTS_GOOD.min(longest) * size_of::<f32>()
+}
+
+/// Whether there are plans with tiles of this length.
+pub(crate) fn has_tiles_of(layout: &ModelLayout, tile_bytes: usize) -> bool {
+    let longest = layout.largest_unit_bytes() / size_of::<f32>();
+    candidates(Fixed { depth: Some(0), tile_bytes: Some(tile_bytes) }, longest).next().is_some()
+}
+
 /// What the store and the home keep in memory for a tile of weights, gradient and moments: names, extents, handles.
 /// A saved input takes no more.
 const TILE_RECORD_BYTES: usize = 1 << 10;

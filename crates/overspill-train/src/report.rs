@@ -48,10 +48,10 @@ pub struct Summary {
     pub step_seconds_median: f64,
     /// Median duration of the optimizer's update within a step.
     pub update_seconds_median: f64,
-    /// Loss of the first step.
-    pub loss_first: f64,
-    /// Loss of the last step.
-    pub loss_last: f64,
+    /// Loss of the first step; `null` when there was nothing left to do.
+    pub loss_first: Option<f64>,
+    /// Loss of the last step, likewise.
+    pub loss_last: Option<f64>,
     /// Mean loss per token of each step.
     pub losses: Vec<f64>,
     /// Which backend moved the bytes; `memory` when none did.
@@ -145,8 +145,8 @@ impl Ledger {
         summary.tokens_per_second = ratio((measured.tokens_per_step * steps) as f64, total.as_secs_f64());
         summary.step_seconds_median = median(self.elapsed).as_secs_f64();
         summary.update_seconds_median = median(self.updates).as_secs_f64();
-        summary.loss_first = self.losses.first().copied().unwrap_or(0.0);
-        summary.loss_last = self.losses.last().copied().unwrap_or(0.0);
+        summary.loss_first = self.losses.first().copied();
+        summary.loss_last = self.losses.last().copied();
         summary.losses = self.losses;
     }
 }

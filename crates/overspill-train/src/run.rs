@@ -1,11 +1,11 @@
 //! A whole run: from what the user wants to the summary of what happened.
 //!
 //! Everything that can be refused is refused before anything is made: model, output folder, text, memory plan, swap
-//! directories and disk space, in this order. Then come the pool, the engines, the output folder with all the room it
-//! will need, and the store in directories that the run makes, and removes if they are not to be kept. A state that is
-//! resumed is opened last; whose it is shows then.
+//! directories, disk space, and whose the state is that is resumed, in this order. Then come the pool, the engines, the
+//! output folder with all the room it will need, and the store in directories that the run makes, and removes if they are
+//! not to be kept.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use overspill_io::Pool;
@@ -13,11 +13,11 @@ use overspill_optim::Isa;
 use overspill_swap::Durability;
 
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
-use crate::config::ModelConfig;
+use crate::config::{self, ModelConfig};
 use crate::data::{Batches, Corpus, Tokenizer};
 use crate::error::{TrainError, check_stop};
-use crate::home::{Home, IoReport, MemoryHome, Site, SwappedHome};
-use crate::identity::Identity;
+use crate::home::{Home, IoReport, Left, MemoryHome, Site, SwappedHome};
+use crate::identity::{Identity, ModelOrigin};
 use crate::init::Initializer;
 use crate::layout::{ModelLayout, UnitLayout};
 use crate::options::{ModelChoice, Residence, RunOptions, StorageChoice};
@@ -40,6 +40,8 @@ pub trait Observer {
     fn stepped(&mut self, step: &StepReport, io: IoReport);
     /// The trained model is being written; `units_done` of `units` are.
     fn exported(&mut self, units_done: usize, units: usize);
+    /// The run is over, for better or worse, and leaves this behind for a later one.
+    fn left(&mut self, left: &Left);
 }
 
 /// What is known when a run starts.
@@ -198,12 +200,23 @@ impl Prepared {
         stop: &AtomicBool,
         observer: &mut dyn Observer,
     ) -> Result<Summary, TrainError> {
+        let identity = self.identity(options);
+        let check_finished = |path: &Path, finished: u64| match finished > options.schedule.steps {
+            false => Ok(()),
+            true => {
+                let (then, now) = (finished.to_string(), format!("at most {}", options.schedule.steps));
+                let (path, what) = (path.to_owned(), "the step".to_owned());
+                Err(TrainError::OtherRun { path, what, then, now })
+            }
+        };
+        if let Some(meta) = volumes.committed() {
+            check_finished(volumes.home(), identity.check(volumes.home(), meta)?)?;
+        }
         let pool = Pool::new(&self.plan.classes())?;
         let Opened { volumes, summaries, notes } = volumes.open(storage, &pool)?;
         let transport = Transport::over(summaries, notes);
         let out = self.out(options)?;
         self.announce(options, &transport, observer);
-        let identity = self.identity(options);
         let site = Site { volumes: &volumes, durability: storage.durability, identity: &identity };
         let (mut home, finished) = match storage.resume {
             true => SwappedHome::open(&self.layout, &self.plan, site, &pool)?,
@@ -219,11 +232,7 @@ impl Prepared {
             Durability::Step => Commit::EveryStep,
             Durability::None => Commit::OnDemand,
         };
-        if finished > options.schedule.steps {
-            let (then, now) = (finished.to_string(), format!("at most {}", options.schedule.steps));
-            let (path, what) = (home.path().to_owned(), "the step".to_owned());
-            return Err(TrainError::OtherRun { path, what, then, now });
-        }
+        check_finished(home.path(), finished)?;
         if storage.resume {
             observer.resumed(finished);
         } else if commit == Commit::EveryStep {
@@ -248,6 +257,12 @@ impl Prepared {
     fn identity(&self, options: &RunOptions) -> Identity {
         let RunOptions { shape, schedule, weight_decay, clip, adamw, seed, .. } = options;
         let digest = format!("{:016x}", self.batches.corpus().digest());
+        let config = match &self.checkpoint {
+            Some(checkpoint) => checkpoint.config_fields().clone(),
+            None => self.config.to_fields(),
+        };
+        // Whoever takes the state out may be somewhere else then.
+        let tokenizer = self.tokenizer.folder().map(config::absolute);
         let start = if self.checkpoint.is_some() { "a folder's weights" } else { "fresh weights" };
         Identity::default()
             .with("the model", &format!("{:?}", self.config))
@@ -261,6 +276,7 @@ impl Prepared {
             .with("--clip", &format!("{clip:?}"))
             .with("AdamW", &format!("{adamw:?}"))
             .with("--seed", seed)
+            .of_model(ModelOrigin { config, tokenizer })
     }
 
     /// The output folder, with all the room it will need, so that no run ends on a full disk.
@@ -346,29 +362,37 @@ impl Prepared {
         let mut trainer = trainer.after(course.finished);
         let io_before = trainer.home().io().unwrap_or_default();
         let mut ledger = Ledger::default();
-        for _ in course.finished..options.schedule.steps {
-            let step = trainer.step(stop)?;
-            ledger.record(&step);
-            observer.stepped(&step, trainer.home().io().unwrap_or_default().since(&io_before));
-        }
-        let io_after = trainer.home().io().unwrap_or_default();
-        // Before the export, which may fail: what was trained is worth keeping.
-        finish(trainer.home(), options.schedule.steps)?;
-        let mut written = None;
-        if let Some(mut out) = out {
+        let go_through = || {
+            for _ in course.finished..options.schedule.steps {
+                let step = trainer.step(stop)?;
+                ledger.record(&step);
+                observer.stepped(&step, trainer.home().io().unwrap_or_default().since(&io_before));
+            }
+            let io_after = trainer.home().io().unwrap_or_default();
+            // Before the export, which may fail: what was trained is worth keeping.
+            finish(trainer.home(), options.schedule.steps)?;
             let units = self.layout.units().len();
-            let mut done = 0;
-            trainer.weights(|unit, weights| {
-                check_stop(stop)?;
-                out.write_unit(unit, weights)?;
-                done += 1;
-                observer.exported(done, units);
-                Ok(())
-            })?;
-            written = Some(out);
-        }
+            let written = out.map(|mut out| {
+                let mut done = 0;
+                trainer.weights(|unit, weights| {
+                    check_stop(stop)?;
+                    out.write_unit(unit, weights)?;
+                    done += 1;
+                    observer.exported(done, units);
+                    Ok(())
+                })?;
+                Ok::<_, TrainError>(out)
+            });
+            Ok::<_, TrainError>((io_after, written.transpose()?))
+        };
+        let gone_through = go_through();
+        let left = trainer.home().left();
         // The store goes before the folder comes: it may stand in its way.
         drop(trainer);
+        if let Some(left) = left {
+            observer.left(&left);
+        }
+        let (io_after, written) = gone_through?;
         if let Some(written) = written {
             written.finish()?;
         }

@@ -143,7 +143,7 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
     /// [`TrainError::Interrupted`] and [`TrainError::Diverged`] before anything was changed: the step can be taken
     /// again. Anything else, and an interruption of the update itself, leaves no state to go on from.
     pub fn step(&mut self, stop: &AtomicBool) -> Result<StepReport, TrainError> {
-        let Progress::Finished(finished) = self.progress else { return Err(TrainError::Lost) };
+        let Progress::Finished(finished) = self.progress else { return Err(self.lost()) };
         let step = finished + 1;
         let started = Instant::now();
         let (loss, gradient_norm) = match self.gradient(step, stop) {
@@ -208,7 +208,7 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
         mut each: impl FnMut(&UnitLayout, &[f32]) -> Result<(), TrainError>,
     ) -> Result<(), TrainError> {
         if matches!(self.progress, Progress::Lost) {
-            return Err(TrainError::Lost);
+            return Err(self.lost());
         }
         let units: Vec<Unit> = self.layout.units().iter().map(|layout| layout.unit).collect();
         self.home.announce(units.iter().map(|&unit| Visit::Weights(unit)).collect())?;
@@ -217,6 +217,10 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
             each(self.layout.unit(unit), bytemuck::cast_slice(&bytes))?;
         }
         Ok(())
+    }
+
+    fn lost(&self) -> TrainError {
+        TrainError::Lost { left: self.home.left() }
     }
 
     /// Where the state lives.

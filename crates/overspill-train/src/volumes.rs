@@ -15,7 +15,7 @@ use crate::options::StorageChoice;
 use crate::report::VolumeSummary;
 
 /// The name of a run's own directory inside `--swap-dir`.
-const STORE_NAME: &str = "overspill-store";
+pub(crate) const STORE_NAME: &str = "overspill-store";
 
 /// How many leftovers of dead runs a fresh name steps around.
 const NAMES_MAX: u32 = 1000;
@@ -89,6 +89,11 @@ impl Volumes {
     /// What came with the state that is resumed.
     pub(crate) fn committed(&self) -> Option<&serde_json::Value> {
         self.committed.as_ref().map(|manifest| &manifest.meta)
+    }
+
+    /// The store's home.
+    pub(crate) fn home(&self) -> &Path {
+        &self.found.first().expect("there is at least one directory").store
     }
 
     /// What their engines take, as far as that is more than a single one of the usual depth.

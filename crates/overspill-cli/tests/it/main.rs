@@ -4,7 +4,9 @@
 mod bench;
 mod command;
 mod documents;
+mod export;
 mod full;
+mod import;
 mod memory;
 mod refusals;
 mod store_commands;

@@ -130,6 +130,15 @@ impl Engine {
         File::open(path, &self.inner.doorbell)
     }
 
+    /// Opens an existing file for reading only: every write to it fails.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError::File`], also if `path` is a symbolic link.
+    pub fn open_to_read(&self, path: &Path) -> Result<File, IoError> {
+        File::open_to_read(path, &self.inner.doorbell)
+    }
+
     /// Fills `block` with the bytes of `file` from `offset` on, at any offset and of any length; [`File::alignment`]
     /// tells which ones are fastest. Every failure comes through the ticket.
     pub fn read(&self, file: &File, offset: u64, block: Block, priority: Priority) -> Ticket {

@@ -24,6 +24,7 @@
 mod attending;
 mod moves;
 mod opening;
+mod view;
 
 use std::collections::HashSet;
 use std::io;
@@ -34,6 +35,7 @@ pub(crate) use self::opening::{check_dealt_alike, space_over};
 
 use overspill_io::{EngineStats, Lane, Space};
 
+pub use self::view::{View, ViewLoading};
 use crate::directory::Directory;
 use crate::error::StoreError;
 use crate::extent::{EXTENT_ALIGNMENT, Extent};
@@ -299,6 +301,11 @@ impl Store {
     pub fn keep(&self) {
         let Inner { home, others, .. } = &*self.inner;
         others.iter().chain([home]).for_each(Directory::keep);
+    }
+
+    /// Whether the directories stay on storage when the store is dropped.
+    pub fn is_kept(&self) -> bool {
+        self.inner.home.is_kept()
     }
 
     /// The store's home.

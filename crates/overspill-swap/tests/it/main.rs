@@ -16,5 +16,6 @@ mod store;
 mod survey;
 mod swapper;
 mod tiles;
+mod view;
 mod volumes;
 mod wishes;

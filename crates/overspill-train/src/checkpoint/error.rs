@@ -47,10 +47,30 @@ pub enum CheckpointError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The folder has neither weights nor an index of them.
-    #[error("{folder}: has neither model.safetensors nor model.safetensors.index.json", folder = folder.display())]
+    #[error("{folder}: has neither {single} nor {index}", folder = folder.display())]
     NoWeights {
         /// The folder.
         folder: PathBuf,
+        /// The file that would have them all.
+        single: String,
+        /// The index that would list the files that have them.
+        index: String,
+    },
+    /// The file that says what a training state is of is not one.
+    #[error("{path}: not the description of a training state: {reason}", path = path.display())]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file of tensors belongs to another training state.
+    #[error("{path}: not of the training state that {of} describes", path = path.display(), of = of.display())]
+    OtherState {
+        /// The file of tensors.
+        path: PathBuf,
+        /// The description.
+        of: PathBuf,
     },
     /// The index does not list shards.
     #[error("{path}: not an index of shards: {reason}", path = path.display())]
@@ -107,12 +127,14 @@ pub enum CheckpointError {
         found: Vec<usize>,
     },
     /// The elements of a tensor are no numbers that training could start from.
-    #[error("{path}: tensor {tensor} has dtype {found}, expected F32, BF16 or F16", path = path.display())]
+    #[error("{path}: tensor {tensor} has dtype {found}, expected {expected}", path = path.display())]
     WrongDtype {
         /// The tensor.
         tensor: String,
         /// The file that holds it.
         path: PathBuf,
+        /// What it may be.
+        expected: String,
         /// The dtype in the file.
         found: String,
     },

@@ -9,11 +9,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use safetensors::SafeTensorError;
 use safetensors::tensor::{Metadata, TensorInfo};
-use safetensors::{Dtype, SafeTensorError};
 
+use super::plan::TensorPlan;
 use super::{Action, CheckpointError};
-use crate::layout::Parameter;
 
 /// Length of the number that precedes the header, in bytes.
 const PREFIX_BYTES: u64 = size_of::<u64>() as u64;
@@ -62,20 +62,26 @@ pub(super) fn read(file: &File, path: &Path) -> Result<Header, CheckpointError> 
     Ok(Header { metadata, data_start })
 }
 
-/// The first bytes of a file that holds these parameters as `f32`, up to its first tensor; and the length of its
-/// tensors, in bytes.
-pub(super) fn write(parameters: &[Parameter]) -> Result<(Vec<u8>, u64), SafeTensorError> {
+/// The first bytes of a file that holds these tensors, up to the first of them; and the length of all, in bytes. The
+/// header says `note`, by name, or that the file is a model's.
+pub(super) fn write(
+    tensors: &[TensorPlan],
+    note: Option<&(&'static str, String)>,
+) -> Result<(Vec<u8>, u64), SafeTensorError> {
     let mut end = 0;
-    let tensors = parameters.iter().map(|parameter| {
+    let infos = tensors.iter().map(|tensor| {
         let start = end;
-        end += parameter.range.len() * size_of::<f32>();
-        let info =
-            TensorInfo { dtype: Dtype::F32, shape: parameter.shape.clone(), data_offsets: (start, end) };
-        (parameter.name.clone(), info)
+        end += tensor.bytes() as usize;
+        let (dtype, shape) = (tensor.precision.dtype(), tensor.shape.clone());
+        (tensor.name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) })
     });
-    // Releases of transformers before 5 refuse a file that does not say so.
-    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let metadata = Metadata::new(Some(format), tensors.collect())?;
+    // One thing is said, because the order of several would differ from file to file. Releases of transformers before 5
+    // refuse a model's file that does not say its format.
+    let said = match note {
+        Some((name, text)) => HashMap::from([((*name).to_owned(), text.clone())]),
+        None => HashMap::from([("format".to_owned(), "pt".to_owned())]),
+    };
+    let metadata = Metadata::new(Some(said), infos.collect())?;
     let text = serde_json::to_vec(&metadata)?;
     let data_start = (PREFIX_BYTES + text.len() as u64).next_multiple_of(DATA_ALIGNMENT);
     let mut bytes = Vec::with_capacity(data_start as usize);
@@ -93,11 +99,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::layout::Role;
+    use crate::checkpoint::Precision;
 
-    fn parameter(name: &str, shape: &[usize]) -> Parameter {
-        let numel = shape.iter().product();
-        Parameter { name: name.to_owned(), shape: shape.to_vec(), range: 0..numel, role: Role::Matrix }
+    fn tensor(name: &str, shape: &[usize]) -> TensorPlan {
+        TensorPlan { name: name.to_owned(), shape: shape.to_vec(), precision: Precision::F32 }
     }
 
     fn read_bytes(bytes: &[u8]) -> Result<Header, CheckpointError> {
@@ -108,7 +113,7 @@ mod tests {
 
     /// A file of two tensors, `[2, 3]` and `[4]`.
     fn sound() -> Vec<u8> {
-        let (mut bytes, data) = write(&[parameter("b", &[2, 3]), parameter("a", &[4])]).unwrap();
+        let (mut bytes, data) = write(&[tensor("b", &[2, 3]), tensor("a", &[4])], None).unwrap();
         bytes.resize(bytes.len() + data as usize, 0);
         bytes
     }

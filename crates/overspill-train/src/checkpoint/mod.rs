@@ -3,25 +3,30 @@
 //! Such a folder holds `config.json`, the weights in `model.safetensors` (or in shards that
 //! `model.safetensors.index.json` lists), and the tokenizer's files. [`Checkpoint`] reads one: headers are checked
 //! completely when it is opened, weights are read a parameter at a time at their place. [`CheckpointWriter`] writes
-//! one, a unit at a time, beside its final name, and gives it that name when it is whole.
+//! one, a unit at a time, beside its final name, and gives it that name when it is whole. A whole training state, with
+//! both moments, goes into a folder of its own kind (`state.rs`).
 
 mod error;
+mod folder;
 mod header;
 mod plan;
 mod reader;
 mod staging;
+mod state;
+mod tensors;
 mod writer;
 
 pub use error::{Action, CheckpointError};
+pub(crate) use folder::TOKENIZER;
+pub use plan::Precision;
 pub use reader::Checkpoint;
+pub(crate) use state::{StateArray, StateFolder, StateWriter};
 pub use writer::{CheckpointWriter, SHARD_BYTES_MAX};
 
 /// Where the model's shape is.
 const CONFIG: &str = "config.json";
-/// Where all weights are, unless they are in shards.
-const SINGLE: &str = "model.safetensors";
-/// Which shard holds which tensor.
-const INDEX: &str = "model.safetensors.index.json";
+/// What files of weights are called.
+const MODEL: plan::Stem = plan::Stem("model");
 
-// Weights go between file and memory as they are; the format's byte order is little-endian.
+// Numbers go between file and memory as they are; the format's byte order is little-endian.
 const _: () = assert!(cfg!(target_endian = "little"));

@@ -1,42 +1,111 @@
-//! Which parameter goes into which file: arithmetic only, done before anything is written.
+//! Which tensor goes into which file: arithmetic only, done before anything is written.
 
+use safetensors::Dtype;
 use serde_json::json;
 
-use super::SINGLE;
-use crate::layout::{ModelLayout, Parameter};
+use crate::layout::Parameter;
 
-/// A file of weights that will be written.
+/// How numbers are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// As they are.
+    F32,
+    /// Rounded to the nearest number that has half of the bits, to the even one of two.
+    Bf16,
+}
+
+impl Precision {
+    /// Bytes of a number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => size_of::<f32>(),
+            Self::Bf16 => size_of::<half::bf16>(),
+        }
+    }
+
+    /// Its name in torch.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+        }
+    }
+
+    pub(super) fn dtype(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::Bf16 => Dtype::BF16,
+        }
+    }
+}
+
+/// A tensor that will be written.
+#[derive(Clone, Debug)]
+pub(super) struct TensorPlan {
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
+    pub(super) precision: Precision,
+}
+
+impl TensorPlan {
+    /// A parameter under its own name, or under one that begins with `prefix`.
+    pub(super) fn of(parameter: &Parameter, prefix: &str, precision: Precision) -> Self {
+        Self { name: format!("{prefix}{}", parameter.name), shape: parameter.shape.clone(), precision }
+    }
+
+    /// Its length, in bytes.
+    pub(super) fn bytes(&self) -> u64 {
+        (self.shape.iter().product::<usize>() * self.precision.bytes()) as u64
+    }
+}
+
+/// A file of tensors that will be written.
 #[derive(Debug)]
 pub(super) struct ShardPlan {
     pub(super) name: String,
-    /// In the order of the layout.
-    pub(super) parameters: Vec<Parameter>,
+    pub(super) tensors: Vec<TensorPlan>,
 }
 
-/// Cuts a model into files whose tensors take `shard_bytes_max` at most; a single parameter that is larger has a
-/// file of its own.
-pub(super) fn shards(layout: &ModelLayout, shard_bytes_max: u64) -> Vec<ShardPlan> {
-    let mut groups: Vec<Vec<Parameter>> = vec![Vec::new()];
+/// Names of the files that tensors are in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stem(pub(super) &'static str);
+
+impl Stem {
+    /// Where all tensors are, unless they are in shards.
+    pub(super) fn single(self) -> String {
+        format!("{}.safetensors", self.0)
+    }
+
+    /// Which shard holds which tensor.
+    pub(super) fn index(self) -> String {
+        format!("{}.safetensors.index.json", self.0)
+    }
+}
+
+/// Deals tensors, in their order, to files whose tensors take `shard_bytes_max` at most; a single one that is larger
+/// has a file of its own.
+pub(super) fn shards(
+    tensors: impl IntoIterator<Item = TensorPlan>,
+    stem: Stem,
+    shard_bytes_max: u64,
+) -> Vec<ShardPlan> {
+    let mut groups: Vec<Vec<TensorPlan>> = vec![Vec::new()];
     let mut filled = 0;
-    for parameter in layout.units().iter().flat_map(|unit| &unit.parameters) {
-        let bytes = bytes(parameter);
+    for tensor in tensors {
+        let bytes = tensor.bytes();
         if filled > 0 && filled + bytes > shard_bytes_max {
             groups.push(Vec::new());
             filled = 0;
         }
         filled += bytes;
-        groups.last_mut().expect("there is a first group").push(parameter.clone());
+        groups.last_mut().expect("there is a first group").push(tensor);
     }
     let count = groups.len();
     let name = |index: usize| match count {
-        1 => SINGLE.to_owned(),
-        _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
+        1 => stem.single(),
+        _ => format!("{}-{:05}-of-{count:05}.safetensors", stem.0, index + 1),
     };
-    groups
-        .into_iter()
-        .enumerate()
-        .map(|(index, parameters)| ShardPlan { name: name(index), parameters })
-        .collect()
+    groups.into_iter().enumerate().map(|(index, tensors)| ShardPlan { name: name(index), tensors }).collect()
 }
 
 /// The text of the index; `None` when one file holds everything.
@@ -44,16 +113,10 @@ pub(super) fn index(shards: &[ShardPlan]) -> Option<String> {
     if let [_] = shards {
         return None;
     }
-    let parameters =
-        || shards.iter().flat_map(|shard| shard.parameters.iter().map(move |p| (p, &shard.name)));
-    let total_size: u64 = parameters().map(|(parameter, _)| bytes(parameter)).sum();
+    let tensors = || shards.iter().flat_map(|shard| shard.tensors.iter().map(move |t| (t, &shard.name)));
+    let total_size: u64 = tensors().map(|(tensor, _)| tensor.bytes()).sum();
     let weight_map: serde_json::Map<_, _> =
-        parameters().map(|(parameter, shard)| (parameter.name.clone(), shard.as_str().into())).collect();
+        tensors().map(|(tensor, shard)| (tensor.name.clone(), shard.as_str().into())).collect();
     let index = json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
     Some(format!("{index:#}\n"))
-}
-
-/// Length of a parameter as `f32`, in bytes.
-fn bytes(parameter: &Parameter) -> u64 {
-    (parameter.range.len() * size_of::<f32>()) as u64
 }

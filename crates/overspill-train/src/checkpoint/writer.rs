@@ -5,47 +5,27 @@
 //! [`CheckpointWriter::finish`] gives the folder its name. Dropped before that, the writer removes what it made.
 
 use std::collections::VecDeque;
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use rustix::fs::{Access, FallocateFlags};
-use rustix::io::Errno;
+use rustix::fs::Access;
+use serde_json::{Map, Value};
 
-use super::plan::{self, ShardPlan};
-use super::staging::{self, Staging};
-use super::{Action, CONFIG, Checkpoint, CheckpointError, INDEX, header};
-use crate::config::ModelConfig;
-use crate::data::{Tokenizer, byte_level_files};
+use super::folder::{Contents, FolderWriter};
+use super::plan::{Precision, TensorPlan};
+use super::{Action, CONFIG, Checkpoint, CheckpointError, MODEL, staging};
+use crate::config::{self, ModelConfig};
+use crate::data::Tokenizer;
 use crate::layout::{ModelLayout, UnitLayout};
 
-/// The usual limit for a file of weights, in bytes.
+/// The usual limit for a file of tensors, in bytes.
 pub const SHARD_BYTES_MAX: u64 = 4 << 30;
-
-const TOKENIZER: &str = "tokenizer.json";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
-
-/// What goes with a model from the folder it was read from, where it is there.
-const COMPANIONS: [&str; 5] =
-    [TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", "generation_config.json"];
 
 /// A model on its way into a Hugging Face folder.
 #[derive(Debug)]
 pub struct CheckpointWriter {
-    /// Parameters that have not come yet, in order, each with the index of its shard.
-    awaited: VecDeque<(String, usize)>,
-    shards: Vec<Shard>,
-    staging: Staging,
-}
-
-/// A file of weights and how far it is written.
-#[derive(Debug)]
-struct Shard {
-    file: File,
-    path: PathBuf,
-    written: u64,
-    length: u64,
+    /// Parameters that have not come yet, in order.
+    awaited: VecDeque<String>,
+    folder: FolderWriter,
 }
 
 impl CheckpointWriter {
@@ -89,7 +69,8 @@ impl CheckpointWriter {
         layout: &ModelLayout,
         tokenizer: &Tokenizer,
     ) -> Result<Self, CheckpointError> {
-        Self::begin(target, &checkpoint.config_json(), layout, tokenizer, SHARD_BYTES_MAX)
+        let config_json = config::with_dtype(checkpoint.config_fields().clone(), Precision::F32.name());
+        Self::begin(target, config_json, layout, tokenizer.folder(), Precision::F32, SHARD_BYTES_MAX)
     }
 
     /// As [`CheckpointWriter::create`], with another limit for a file's tensors, in bytes.
@@ -103,36 +84,41 @@ impl CheckpointWriter {
         tokenizer: &Tokenizer,
         shard_bytes_max: u64,
     ) -> Result<Self, CheckpointError> {
-        Self::begin(target, &config.to_json(), layout, tokenizer, shard_bytes_max)
+        Self::begin(target, config.to_json(), layout, tokenizer.folder(), Precision::F32, shard_bytes_max)
+    }
+
+    /// As [`CheckpointWriter::create`], for a model that is known by the fields of its `config.json` and the folder of its
+    /// tokenizer, with weights of this precision.
+    pub(crate) fn create_as(
+        target: &Path,
+        config: &Map<String, Value>,
+        layout: &ModelLayout,
+        tokenizer: Option<&Path>,
+        precision: Precision,
+    ) -> Result<Self, CheckpointError> {
+        let config_json = config::with_dtype(config.clone(), precision.name());
+        Self::begin(target, config_json, layout, tokenizer, precision, SHARD_BYTES_MAX)
     }
 
     fn begin(
         target: &Path,
-        config_json: &str,
+        config_json: String,
         layout: &ModelLayout,
-        tokenizer: &Tokenizer,
+        tokenizer: Option<&Path>,
+        precision: Precision,
         shard_bytes_max: u64,
     ) -> Result<Self, CheckpointError> {
-        let mut staging = Staging::begin(target)?;
-        write_file(&mut staging, CONFIG, config_json.as_bytes())?;
-        match tokenizer.folder() {
-            Some(folder) => copy_companions(&mut staging, folder)?,
-            None => {
-                let files = byte_level_files();
-                write_file(&mut staging, TOKENIZER, files.tokenizer.as_bytes())?;
-                write_file(&mut staging, TOKENIZER_CONFIG, files.config.as_bytes())?;
-            }
-        }
-        let plans = plan::shards(layout, shard_bytes_max);
-        if let Some(index) = plan::index(&plans) {
-            write_file(&mut staging, INDEX, index.as_bytes())?;
-        }
-        let shards: Result<Vec<_>, _> = plans.iter().map(|plan| Shard::begin(&mut staging, plan)).collect();
-        let shards = shards?;
-        let numbered = plans.into_iter().enumerate();
-        let awaited =
-            numbered.flat_map(|(shard, plan)| plan.parameters.into_iter().map(move |p| (p.name, shard)));
-        Ok(Self { awaited: awaited.collect(), shards, staging })
+        let parameters = || layout.units().iter().flat_map(|unit| &unit.parameters);
+        let contents = Contents {
+            texts: vec![(CONFIG, config_json)],
+            tokenizer,
+            stem: MODEL,
+            tensors: parameters().map(|parameter| TensorPlan::of(parameter, "", precision)).collect(),
+            note: None,
+            shard_bytes_max,
+        };
+        let folder = FolderWriter::begin(target, contents)?;
+        Ok(Self { awaited: parameters().map(|parameter| parameter.name.clone()).collect(), folder })
     }
 
     /// Appends the weights of the next unit; padding is left out.
@@ -145,11 +131,29 @@ impl CheckpointWriter {
     pub fn write_unit(&mut self, unit: &UnitLayout, weights: &[f32]) -> Result<(), CheckpointError> {
         assert_eq!(weights.len(), unit.padded, "length of {}", unit.unit);
         for parameter in &unit.parameters {
-            let next = self.awaited.front().filter(|(name, _)| *name == parameter.name);
-            let shard =
-                next.map(|&(_, shard)| shard).expect("units are written once each, in the layout's order");
-            self.shards[shard].append(bytemuck::cast_slice(&weights[parameter.range.clone()]))?;
-            self.awaited.pop_front();
+            let next = self.awaited.pop_front();
+            assert!(
+                next.as_ref() == Some(&parameter.name),
+                "units are written once each, in the layout's order"
+            );
+            self.folder.append(&parameter.name, &weights[parameter.range.clone()])?;
+        }
+        Ok(())
+    }
+
+    /// Appends the elements of a unit from `start` on, which may begin and end anywhere; padding is left out.
+    ///
+    /// # Errors
+    /// Those of [`CheckpointWriter::write_unit`].
+    pub(crate) fn write_part(
+        &mut self,
+        unit: &UnitLayout,
+        start: usize,
+        weights: &[f32],
+    ) -> Result<(), CheckpointError> {
+        for (range, parameter) in unit.parameters_within(start..start + weights.len()) {
+            self.awaited.pop_front_if(|name| *name == parameter.name);
+            self.folder.append(&parameter.name, &weights[range.start - start..range.end - start])?;
         }
         Ok(())
     }
@@ -164,62 +168,6 @@ impl CheckpointWriter {
     /// When not every unit was written.
     pub fn finish(self) -> Result<(), CheckpointError> {
         assert!(self.awaited.is_empty(), "{} parameters were not written", self.awaited.len());
-        drop(self.shards);
-        self.staging.publish()
+        self.folder.finish()
     }
-}
-
-impl Shard {
-    /// Makes the file, takes its space and writes its header.
-    fn begin(staging: &mut Staging, plan: &ShardPlan) -> Result<Self, CheckpointError> {
-        let (file, path) = staging.create(&plan.name)?;
-        let (header, data_bytes) = header::write(&plan.parameters)
-            .map_err(|e| CheckpointError::Header { path: path.clone(), reason: e.to_string() })?;
-        let length = header.len() as u64 + data_bytes;
-        let mut shard = Self { file, path, written: 0, length };
-        match rustix::fs::fallocate(&shard.file, FallocateFlags::empty(), 0, length) {
-            // Where the file system cannot promise space, a full one shows later.
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
-            Err(errno) => return Err(shard.failed(errno.into())),
-        }
-        shard.append(&header)?;
-        Ok(shard)
-    }
-
-    fn append(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        // At its place, so that what a failed write left is no part of the file.
-        self.file.write_all_at(bytes, self.written).map_err(|e| self.failed(e))?;
-        self.written += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn failed(&self, source: io::Error) -> CheckpointError {
-        write_failed(&self.path, self.length, source)
-    }
-}
-
-fn write_failed(path: &Path, needed: u64, source: io::Error) -> CheckpointError {
-    match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            CheckpointError::NoSpace { path: path.to_owned(), needed }
-        }
-        _ => Action::Write.failed(path)(source),
-    }
-}
-
-fn write_file(staging: &mut Staging, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
-    let (mut file, path) = staging.create(name)?;
-    file.write_all(bytes).map_err(|e| write_failed(&path, bytes.len() as u64, e))
-}
-
-fn copy_companions(staging: &mut Staging, folder: &Path) -> Result<(), CheckpointError> {
-    for name in COMPANIONS {
-        let path = folder.join(name);
-        match fs::read(&path) {
-            Ok(bytes) => write_file(staging, name, &bytes)?,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(Action::Read.failed(&path)(e)),
-        }
-    }
-    Ok(())
 }

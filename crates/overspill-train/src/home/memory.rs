@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::buffer::Buffer;
 use super::swapped::IoReport;
-use super::{GradientStart, Home, SavedInput, Source, Update, Visit};
+use super::{GradientStart, Home, Left, SavedInput, Source, Update, Visit};
 use crate::error::{TrainError, check_stop};
 use crate::layout::{ModelLayout, Unit};
 
@@ -117,6 +117,10 @@ impl Home for MemoryHome {
 
     fn commit(&mut self, _step: u64) -> Result<(), TrainError> {
         Ok(())
+    }
+
+    fn left(&self) -> Option<Left> {
+        None
     }
 
     fn io(&self) -> Option<IoReport> {

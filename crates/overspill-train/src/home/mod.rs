@@ -6,15 +6,19 @@
 
 mod buffer;
 mod memory;
+mod place;
 mod swapped;
 
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use bytes::Bytes;
 use overspill_optim::{AdamWConfig, AdamWStep, Isa};
 
 pub use self::buffer::Buffer;
+pub(crate) use self::buffer::{floats, floats_mut};
 pub use self::memory::MemoryHome;
+pub(crate) use self::place::{Array, halves, moments_name, weights_name};
 pub use self::swapped::{IoReport, Site, SwappedHome};
 use crate::error::TrainError;
 use crate::layout::{Unit, UnitLayout};
@@ -44,6 +48,15 @@ pub enum GradientStart {
     Zero,
     /// What was put away earlier in this step.
     Resume,
+}
+
+/// A state that stays on storage when its run ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Left {
+    /// The store's home.
+    pub path: PathBuf,
+    /// The step after which it is.
+    pub step: u64,
 }
 
 /// Fills a unit's weights before the first step.
@@ -99,6 +112,9 @@ pub trait Home {
     /// # Errors
     /// [`TrainError`] when it can't be made durable.
     fn commit(&mut self, step: u64) -> Result<(), TrainError>;
+
+    /// What is left for a later run if this one ends now; `None` when nothing is.
+    fn left(&self) -> Option<Left>;
 
     /// What the transfers did so far; `None` when there are none.
     fn io(&self) -> Option<IoReport>;

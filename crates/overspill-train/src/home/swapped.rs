@@ -16,11 +16,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use overspill_io::{Block, EngineStats, Pool, PoolError};
 use overspill_swap::pipeline::{self, Item, Lanes};
-use overspill_swap::tiles::{self, LoadingTiles, StoringTiles};
-use overspill_swap::{Durability, Store, StoreError, Swapped, Vacant, Volume, Worth};
+use overspill_swap::tiles::{LoadingTiles, StoringTiles};
+use overspill_swap::{Durability, Store, StoreError, Swapped, Volume, Worth};
 
 use super::buffer::{Buffer, floats, floats_mut};
-use super::{GradientStart, Home, SavedInput, Source, Update, Visit};
+use super::place::{Array, Place, halves};
+use super::{GradientStart, Home, Left, SavedInput, Source, Update, Visit};
 use crate::error::{TrainError, check_stop};
 use crate::identity::Identity;
 use crate::layout::{ModelLayout, Unit, UnitLayout};
@@ -53,36 +54,6 @@ pub struct Site<'a> {
     pub identity: &'a Identity,
 }
 
-/// A long tensor of a unit, and the tiles that it is cut into.
-struct Array {
-    name: String,
-    bytes: usize,
-    tile_bytes: usize,
-}
-
-impl Array {
-    fn weights(unit: &UnitLayout, plan: &MemoryPlan) -> Self {
-        let (name, tile_bytes) = (format!("weights/{}", unit.unit), plan.tile_bytes());
-        Self { name, bytes: unit.padded_bytes(), tile_bytes }
-    }
-
-    fn gradient(unit: &UnitLayout, plan: &MemoryPlan) -> Self {
-        Self { name: format!("gradient/{}", unit.unit), ..Self::weights(unit, plan) }
-    }
-
-    /// Both moments of each tile, one behind the other.
-    fn moments(unit: &UnitLayout, plan: &MemoryPlan) -> Self {
-        let (name, tile_bytes) = (format!("moments/{}", unit.unit), 2 * plan.tile_bytes());
-        Self { name, bytes: 2 * unit.padded_bytes(), tile_bytes }
-    }
-}
-
-/// Room for a gradient, which no step finds from the one before.
-fn vacant_gradient(store: &Store, unit: &UnitLayout, plan: &MemoryPlan) -> Result<Place, StoreError> {
-    let Array { name, bytes, tile_bytes } = Array::gradient(unit, plan);
-    tiles::reserve(store, &name, bytes, tile_bytes, Worth::Scratch).map(Place::Vacant)
-}
-
 /// Totals of a home's transfers since it was made.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct IoReport {
@@ -100,57 +71,16 @@ pub struct IoReport {
     pub waited: Duration,
 }
 
+/// Room for a gradient, which no step finds from the one before.
+fn vacant_gradient(store: &Store, unit: &UnitLayout, plan: &MemoryPlan) -> Result<Place, StoreError> {
+    Array::gradient(unit, plan.tile_bytes()).reserve(store, Worth::Scratch).map(Place::Vacant)
+}
+
 #[derive(Debug)]
 struct UnitState {
     weights: Vec<Swapped>,
     gradient: Place,
     moments: Vec<Swapped>,
-}
-
-/// Where a tensor that is written once and read once per step is.
-#[derive(Debug)]
-enum Place {
-    Vacant(Vec<Vacant>),
-    Storing(StoringTiles),
-    Swapped(Vec<Swapped>),
-    /// Being moved from one of the others to another.
-    Moving,
-}
-
-impl Place {
-    fn take(&mut self) -> Self {
-        mem::replace(self, Self::Moving)
-    }
-
-    /// The tiles on storage, after waiting for the write that may be under way.
-    fn settle(&mut self) -> Result<Vec<Swapped>, StoreError> {
-        match self.take() {
-            Self::Storing(tiles) => tiles.wait(),
-            Self::Swapped(tiles) => Ok(tiles),
-            Self::Vacant(_) | Self::Moving => unreachable!("a tensor is put away before it is asked for"),
-        }
-    }
-
-    /// Starts writing new contents.
-    fn put(&mut self, block: Block) -> Result<(), StoreError> {
-        let storing = match self.take() {
-            Self::Vacant(tiles) => StoringTiles::fill(tiles, block)?,
-            Self::Swapped(tiles) => StoringTiles::overwrite(tiles, block)?,
-            Self::Storing(tiles) => StoringTiles::overwrite(tiles.wait()?, block)?,
-            Self::Moving => unreachable!("a tensor that is being moved is not put away"),
-        };
-        *self = Self::Storing(storing);
-        Ok(())
-    }
-
-    /// Whether reading could start without waiting for a write.
-    fn is_settled(&self) -> bool {
-        match self {
-            Self::Swapped(_) => true,
-            Self::Storing(tiles) => tiles.is_done(),
-            Self::Vacant(_) | Self::Moving => false,
-        }
-    }
 }
 
 impl SwappedHome {
@@ -169,12 +99,8 @@ impl SwappedHome {
         let store = Store::create_over(volumes, durability, plan.storage_bytes(layout, durability))?;
         let mut units = Vec::with_capacity(layout.units().len());
         for unit in layout.units() {
-            let place = |array: Array| {
-                let Array { name, bytes, tile_bytes } = array;
-                tiles::reserve(&store, &name, bytes, tile_bytes, Worth::State)
-            };
-            let weights = place(Array::weights(unit, plan))?;
-            let moments = place(Array::moments(unit, plan))?;
+            let weights = Array::weights(unit, plan.tile_bytes()).reserve(&store, Worth::State)?;
+            let moments = Array::moments(unit, plan.tile_bytes()).reserve(&store, Worth::State)?;
 
             let mut block = lease_part(pool, plan.unit_block_bytes(layout, unit.unit), unit.padded_bytes())?;
             let values = floats_mut(&mut block);
@@ -213,9 +139,8 @@ impl SwappedHome {
         store.provide(plan.storage_bytes(layout, durability))?;
         let mut units = Vec::with_capacity(layout.units().len());
         for unit in layout.units() {
-            let adopt = |array: Array| tiles::adopt(&store, &array.name, array.bytes, array.tile_bytes);
-            let weights = adopt(Array::weights(unit, plan))?;
-            let moments = adopt(Array::moments(unit, plan))?;
+            let weights = Array::weights(unit, plan.tile_bytes()).adopt(&store)?;
+            let moments = Array::moments(unit, plan.tile_bytes()).adopt(&store)?;
             units.push(UnitState { weights, gradient: vacant_gradient(&store, unit, plan)?, moments });
         }
         Ok((Self::over(layout, plan, identity.clone(), pool, store, units)?, step))
@@ -432,18 +357,20 @@ impl Home for SwappedHome {
         Ok(self.store.commit(self.identity.meta(step, self.plan.tile_bytes()))?)
     }
 
+    fn left(&self) -> Option<Left> {
+        if !self.store.is_kept() || self.store.generation() == 0 {
+            return None;
+        }
+        let step = Identity::step(&self.store.meta())?;
+        Some(Left { path: self.path().to_owned(), step })
+    }
+
     fn io(&self) -> Option<IoReport> {
         let EngineStats { bytes_read, bytes_written, busy, read_busy, write_busy, waited, .. } =
             self.store.stats();
         let waited = waited + self.pool.waited();
         Some(IoReport { bytes_read, bytes_written, busy, read_busy, write_busy, waited })
     }
-}
-
-/// Both moments of a tile.
-fn halves(moments: &mut [f32]) -> (&mut [f32], &mut [f32]) {
-    let middle = moments.len() / 2;
-    moments.split_at_mut(middle)
 }
 
 /// A block of the class of `block_bytes`, cut to `bytes`. Every holder leases from its own class, so that nobody

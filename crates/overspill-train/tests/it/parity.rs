@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
 
+use overspill_io::BackendChoice;
 use overspill_optim::{AdamWConfig, Isa};
-use overspill_train::checkpoint::{Checkpoint, CheckpointWriter};
+use overspill_swap::Durability;
+use overspill_train::checkpoint::{Checkpoint, CheckpointWriter, Precision};
 use overspill_train::config::ModelConfig;
 use overspill_train::data::Tokenizer;
 use overspill_train::home::MemoryHome;
@@ -16,6 +18,7 @@ use overspill_train::model::{BatchShape, Model, Weights};
 use overspill_train::plan::StepShape;
 use overspill_train::schedule::Schedule;
 use overspill_train::trainer::{BatchSource, Commit, Settings, Trainer};
+use overspill_train::transfer::{ExportOptions, Form, ImportOptions, export, import};
 use serde::Deserialize;
 
 /// What `reference.py make` writes beside the model.
@@ -194,4 +197,34 @@ fn transformers_loads_what_is_written_and_computes_the_same_logits() {
     let opened = Opened::read(&folder);
     let logits = opened.logits(BatchShape { batch: 1, seq: loaded.ids.len() }, &loaded.ids);
     assert_close(logits.into_iter().map(f64::from), &loaded.logits, 1e-4);
+}
+
+#[test]
+fn transformers_loads_weights_that_were_exported_from_a_store() {
+    let root = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let made = root.path().join("made");
+    reference(&["make"], &made, "");
+    let swap = root.path().join("swap");
+    std::fs::create_dir(&swap).unwrap();
+    let running = AtomicBool::new(false);
+    let imported = ImportOptions {
+        from: made.clone(),
+        directories: vec![swap.clone()],
+        durability: Durability::None,
+        backend: BackendChoice::Auto,
+    };
+    import(&imported, &running, &mut |_, _| {}).unwrap();
+    let theirs = |folder: &Path| -> Loaded {
+        serde_json::from_slice(&reference(&["load"], folder, "hello world")).unwrap()
+    };
+    let made = theirs(&made);
+    for (precision, tolerance) in [(Precision::F32, 1e-6), (Precision::Bf16, 5e-2)] {
+        let out = root.path().join(precision.name());
+        let form = Form::Weights(precision);
+        let options = ExportOptions { form, ..ExportOptions::new(swap.clone(), out.clone()) };
+        export(&options, &running, &mut |_, _| {}).unwrap();
+        let loaded = theirs(&out);
+        assert_eq!(loaded.ids, made.ids, "the tokenizer came along");
+        assert_close(loaded.logits, &made.logits, tolerance);
+    }
 }

@@ -296,12 +296,40 @@ fn damage_on_storage_ends_the_run_and_names_the_tensor() {
         "{error}"
     );
     assert!(
-        matches!(storage.trainer.step(&RUNNING), Err(TrainError::Lost)),
+        matches!(storage.trainer.step(&RUNNING), Err(TrainError::Lost { left: None })),
         "there is no state to go on from"
     );
     drop(storage.trainer);
     assert_eq!(storage.pool.leased_blocks(), 0);
     assert!(!storage.folder.path().join("store").exists());
+}
+
+#[test]
+fn a_lost_step_says_what_is_left_to_go_on_from() {
+    let case = Case::untied(1);
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let plan = case.plan(1);
+    let pool = Pool::new(&plan.classes()).unwrap();
+    let engine = Engine::start(EngineConfig::default(), &pool).unwrap();
+    let path = folder.path().join("store");
+    let volumes = [Volume { directory: path.clone(), engines: vec![engine], weight: 1 }];
+    let identity = Identity::default();
+    let site = Site { volumes: &volumes, durability: Durability::Step, identity: &identity };
+    let first = Initializer::new(&case.config, &case.layout, case.seed);
+    let home = SwappedHome::create(&case.layout, &plan, site, &pool, &mut drawn(&first)).unwrap();
+    let mut trainer = case.trainer(home);
+    trainer.step(&RUNNING).unwrap();
+    trainer.home().commit(1).unwrap();
+    assert_eq!(trainer.home().left(), None, "it goes with its run");
+    trainer.home().keep();
+    std::fs::File::options().write(true).open(path.join("data")).unwrap().set_len(0).unwrap();
+    trainer.step(&RUNNING).unwrap_err();
+    let lost = trainer.step(&RUNNING).unwrap_err();
+    assert!(
+        matches!(&lost, TrainError::Lost { left: Some(left) } if left.step == 1 && left.path == path),
+        "{lost}"
+    );
+    assert!(lost.to_string().contains("--resume"), "{lost}");
 }
 
 #[test]

@@ -1,0 +1,195 @@
+//! A folder of tensors in the making: every file with its room and its header first, then the tensors, piece by piece.
+//!
+//! Tensors may come in any order and in turns; the pieces of one come in their order. A folder that is dropped before
+//! [`FolderWriter::finish`] removes what it made.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use half::slice::HalfFloatSliceExt;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use super::plan::{self, Precision, ShardPlan, Stem, TensorPlan};
+use super::staging::Staging;
+use super::{Action, CheckpointError, header};
+use crate::data::byte_level_files;
+
+/// How text becomes token ids.
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
+/// What goes with a model from the folder it was read from, where it is there.
+const COMPANIONS: [&str; 5] =
+    [TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", "generation_config.json"];
+
+/// Numbers that are rounded at a time.
+const PIECE_ELEMENTS: usize = 1 << 16;
+
+/// Everything that a folder will have.
+#[derive(Debug)]
+pub(super) struct Contents<'a> {
+    /// Small files, by name: at least `config.json`.
+    pub(super) texts: Vec<(&'static str, String)>,
+    /// Where the tokenizer's files are copied from; those of single bytes are made if `None`.
+    pub(super) tokenizer: Option<&'a Path>,
+    pub(super) stem: Stem,
+    pub(super) tensors: Vec<TensorPlan>,
+    /// What the header of every file says beside its tensors, if it is not of a model.
+    pub(super) note: Option<(&'static str, String)>,
+    pub(super) shard_bytes_max: u64,
+}
+
+/// A folder of tensors in the making.
+#[derive(Debug)]
+pub(super) struct FolderWriter {
+    slots: HashMap<String, Slot>,
+    shards: Vec<Shard>,
+    staging: Staging,
+    /// Numbers that were rounded.
+    rounded: Vec<half::bf16>,
+}
+
+/// Where the rest of a tensor goes.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    shard: usize,
+    next: u64,
+    end: u64,
+    precision: Precision,
+}
+
+/// A file of tensors.
+#[derive(Debug)]
+struct Shard {
+    file: File,
+    path: PathBuf,
+    length: u64,
+}
+
+impl FolderWriter {
+    /// Begins the folder `target`, which must not be there or be empty, and takes its full size.
+    pub(super) fn begin(target: &Path, contents: Contents<'_>) -> Result<Self, CheckpointError> {
+        let Contents { texts, tokenizer, stem, tensors, note, shard_bytes_max } = contents;
+        let mut staging = Staging::begin(target)?;
+        for (name, text) in texts {
+            write_file(&mut staging, name, text.as_bytes())?;
+        }
+        match tokenizer {
+            Some(folder) => copy_companions(&mut staging, folder)?,
+            None => {
+                let files = byte_level_files();
+                write_file(&mut staging, TOKENIZER, files.tokenizer.as_bytes())?;
+                write_file(&mut staging, TOKENIZER_CONFIG, files.config.as_bytes())?;
+            }
+        }
+        let plans = plan::shards(tensors, stem, shard_bytes_max);
+        if let Some(index) = plan::index(&plans) {
+            write_file(&mut staging, &stem.index(), index.as_bytes())?;
+        }
+        let (mut shards, mut slots) = (Vec::with_capacity(plans.len()), HashMap::new());
+        for (shard, plan) in plans.into_iter().enumerate() {
+            let (file, mut next) = Shard::begin(&mut staging, &plan, note.as_ref())?;
+            shards.push(file);
+            for tensor in plan.tensors {
+                let end = next + tensor.bytes();
+                slots.insert(tensor.name, Slot { shard, next, end, precision: tensor.precision });
+                next = end;
+            }
+        }
+        Ok(Self { slots, shards, staging, rounded: Vec::new() })
+    }
+
+    /// Writes the next elements of a tensor.
+    ///
+    /// # Panics
+    /// When the folder has no such tensor, or it would have more elements than were planned.
+    pub(super) fn append(&mut self, tensor: &str, values: &[f32]) -> Result<(), CheckpointError> {
+        let slot = self.slots.get_mut(tensor).expect("only planned tensors are written");
+        let shard = &self.shards[slot.shard];
+        let length = (values.len() * slot.precision.bytes()) as u64;
+        assert!(slot.next + length <= slot.end, "{tensor} is longer than planned");
+        match slot.precision {
+            Precision::F32 => shard.write(slot.next, bytemuck::cast_slice(values))?,
+            Precision::Bf16 => {
+                let mut next = slot.next;
+                for values in values.chunks(PIECE_ELEMENTS) {
+                    self.rounded.resize(values.len(), half::bf16::ZERO);
+                    self.rounded.convert_from_f32_slice(values);
+                    let bytes: &[u8] = bytemuck::cast_slice(&self.rounded);
+                    shard.write(next, bytes)?;
+                    next += bytes.len() as u64;
+                }
+            }
+        }
+        slot.next += length;
+        Ok(())
+    }
+
+    /// Makes the folder safe on storage and gives it its name.
+    ///
+    /// # Panics
+    /// When a tensor is not whole.
+    pub(super) fn finish(self) -> Result<(), CheckpointError> {
+        let missing = self.slots.iter().find(|(_, slot)| slot.next < slot.end);
+        assert!(missing.is_none(), "not all of {missing:?} was written");
+        drop(self.shards);
+        self.staging.publish()
+    }
+}
+
+impl Shard {
+    /// Makes the file, takes its space and writes its header; says where its first tensor goes.
+    fn begin(
+        staging: &mut Staging,
+        plan: &ShardPlan,
+        note: Option<&(&'static str, String)>,
+    ) -> Result<(Self, u64), CheckpointError> {
+        let (file, path) = staging.create(&plan.name)?;
+        let (header, data_bytes) = header::write(&plan.tensors, note)
+            .map_err(|e| CheckpointError::Header { path: path.clone(), reason: e.to_string() })?;
+        let data_start = header.len() as u64;
+        let shard = Self { file, path, length: data_start + data_bytes };
+        match rustix::fs::fallocate(&shard.file, FallocateFlags::empty(), 0, shard.length) {
+            // Where the file system cannot promise space, a full one shows later.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            Err(errno) => return Err(write_failed(&shard.path, shard.length, errno.into())),
+        }
+        shard.write(0, &header)?;
+        Ok((shard, data_start))
+    }
+
+    /// Writes at a place of its own, so that what a failed write left is no part of the file.
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
+        self.file.write_all_at(bytes, offset).map_err(|e| write_failed(&self.path, self.length, e))
+    }
+}
+
+fn write_failed(path: &Path, needed: u64, source: io::Error) -> CheckpointError {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            CheckpointError::NoSpace { path: path.to_owned(), needed }
+        }
+        _ => Action::Write.failed(path)(source),
+    }
+}
+
+fn write_file(staging: &mut Staging, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
+    let (mut file, path) = staging.create(name)?;
+    file.write_all(bytes).map_err(|e| write_failed(&path, bytes.len() as u64, e))
+}
+
+fn copy_companions(staging: &mut Staging, folder: &Path) -> Result<(), CheckpointError> {
+    for name in COMPANIONS {
+        let path = folder.join(name);
+        match fs::read(&path) {
+            Ok(bytes) => write_file(staging, name, &bytes)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Action::Read.failed(&path)(e)),
+        }
+    }
+    Ok(())
+}

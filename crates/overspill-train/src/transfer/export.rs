@@ -1,0 +1,324 @@
+//! Out of a store: the weights as a Hugging Face folder, or the whole state as one of its own kind.
+//!
+//! A snapshot is read without a lock, beside the run that goes on. Without one it is the committed state of a store that
+//! nobody has open. Either way every checksum is compared. The folder takes its full size first, is written aside, and
+//! gets its name at the end.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use overspill_io::{BLOCK_ALIGNMENT, BackendChoice, Engine, EngineConfig, Pool};
+use overspill_swap::{Manifest, Store, StoreError, View, ViewLoading, Volume};
+use serde::Serialize;
+
+use super::{Progress, Tile, TileKind, classes, lease, tiles, tiles_in_motion};
+use crate::checkpoint::{CheckpointError, CheckpointWriter, Precision, StateArray, StateWriter, TOKENIZER};
+use crate::error::{TrainError, check_stop};
+use crate::home::{floats, moments_name, weights_name};
+use crate::identity::{Identity, ModelOrigin};
+use crate::layout::ModelLayout;
+use crate::plan;
+use crate::report;
+use crate::volumes::STORE_NAME;
+
+/// What is to be taken out, and where to.
+#[derive(Clone, Debug)]
+pub struct ExportOptions {
+    /// What the run had as `--swap-dir`, or the stores in them, in the same order. Volumes that are not given are where
+    /// the manifest says.
+    pub directories: Vec<PathBuf>,
+    /// The snapshot; the committed state of a store that nobody has open if `None`.
+    pub snapshot: Option<String>,
+    /// The folder to make.
+    pub out: PathBuf,
+    /// What it will have.
+    pub form: Form,
+    /// Where the tokenizer's files are, if they are not where they came from any more.
+    pub tokenizer: Option<PathBuf>,
+    /// How bytes are moved.
+    pub backend: BackendChoice,
+}
+
+/// What is taken out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// The weights, as `transformers` reads them.
+    Weights(Precision),
+    /// Weights and both moments, to go on with.
+    State,
+}
+
+/// What was taken out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Exported {
+    /// The store's home.
+    pub store: PathBuf,
+    /// The snapshot, if it was one.
+    pub snapshot: Option<String>,
+    /// The folder that was made.
+    pub out: PathBuf,
+    /// `weights` or `state`.
+    pub form: &'static str,
+    /// Of the numbers in the folder, in torch's words.
+    pub dtype: &'static str,
+    /// The step after which the state is.
+    pub step: u64,
+    /// Number of the commit.
+    pub generation: u64,
+    /// Number of parameters; shared ones count once.
+    pub parameters: u64,
+    /// Bytes read from the store.
+    pub bytes_read: u64,
+    /// Highest resident memory of the process.
+    pub peak_rss_bytes: u64,
+    /// How long it took.
+    pub elapsed_seconds: f64,
+}
+
+impl ExportOptions {
+    /// Weights as they are, of the committed state.
+    pub fn new(directory: PathBuf, out: PathBuf) -> Self {
+        Self {
+            directories: vec![directory],
+            snapshot: None,
+            out,
+            form: Form::Weights(Precision::F32),
+            tokenizer: None,
+            backend: BackendChoice::default(),
+        }
+    }
+}
+
+/// Takes a state, or its weights, out of a store.
+///
+/// # Errors
+/// [`TrainError`], in one line; nothing is left behind.
+pub fn export(
+    options: &ExportOptions,
+    stop: &AtomicBool,
+    progress: &mut Progress<'_>,
+) -> Result<Exported, TrainError> {
+    let started = Instant::now();
+    CheckpointWriter::check_destination(&options.out)?;
+    let homes: Vec<PathBuf> = options.directories.iter().map(|directory| store_in(directory)).collect();
+    let home = homes.first().ok_or(TrainError::ResumeWhere)?;
+    let manifest = found(home, options.snapshot.as_deref())?;
+    let tile_bytes = tile_bytes(home, &manifest.meta)?;
+
+    let ahead = tiles_in_motion(tile_bytes);
+    let pool = Pool::new(&classes(tile_bytes, ahead))?;
+    let engine = Engine::start(EngineConfig { backend: options.backend, ..EngineConfig::default() }, &pool)?;
+    let volumes = volumes(&homes, &manifest, &engine);
+    let view = match &options.snapshot {
+        Some(name) => View::of_snapshot(&volumes, name)?,
+        None => View::open(&volumes).map_err(in_use)?,
+    };
+    // Its owner may have committed once more before it ended.
+    let meta = view.meta();
+    let origin = ModelOrigin::of(home, meta)?;
+    let step = Identity::step(meta).ok_or_else(|| not_a_state(home, "it does not say its step"))?;
+    let layout = ModelLayout::new(&origin.shape(home)?);
+    let kinds = options.form.kinds();
+    check_tiles(&view, &layout, tile_bytes, kinds)?;
+
+    let mut folder = Folder::begin(options, &origin, meta, &layout)?;
+    let total: u64 = tiles(&layout, tile_bytes, kinds).map(|tile| tile.bytes() as u64).sum();
+    let mut done = 0;
+    let mut upcoming = tiles(&layout, tile_bytes, kinds);
+    let mut loading: VecDeque<(Tile<'_>, ViewLoading<'_>)> = VecDeque::with_capacity(ahead);
+    progress(0, total);
+    loop {
+        while loading.len() < ahead
+            && let Some(tile) = upcoming.next()
+        {
+            loading.push_back((tile, load(&view, &pool, tile)?));
+        }
+        let Some((tile, arriving)) = loading.pop_front() else { break };
+        check_stop(stop)?;
+        folder.write(tile, &arriving.wait()?)?;
+        done += tile.bytes() as u64;
+        progress(done, total);
+    }
+    folder.finish()?;
+    Ok(Exported {
+        store: home.clone(),
+        snapshot: options.snapshot.clone(),
+        out: options.out.clone(),
+        form: options.form.name(),
+        dtype: options.form.precision().name(),
+        step,
+        generation: view.generation(),
+        parameters: layout.numel() as u64,
+        bytes_read: total,
+        peak_rss_bytes: report::memory_of_process("VmHWM").unwrap_or(0),
+        elapsed_seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+impl Form {
+    fn kinds(self) -> &'static [TileKind] {
+        match self {
+            Self::Weights(_) => &[TileKind::Weights],
+            Self::State => &[TileKind::Weights, TileKind::Moments],
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Weights(_) => "weights",
+            Self::State => "state",
+        }
+    }
+
+    fn precision(self) -> Precision {
+        match self {
+            Self::Weights(precision) => precision,
+            Self::State => Precision::F32,
+        }
+    }
+}
+
+/// The folder in the making.
+enum Folder {
+    Weights(CheckpointWriter),
+    State(StateWriter),
+}
+
+impl Folder {
+    fn begin(
+        options: &ExportOptions,
+        origin: &ModelOrigin,
+        meta: &serde_json::Value,
+        layout: &ModelLayout,
+    ) -> Result<Self, TrainError> {
+        let tokenizer = options.tokenizer.as_deref().or(origin.tokenizer.as_deref());
+        if let Some(folder) = tokenizer
+            && !folder.join(TOKENIZER).is_file()
+        {
+            return Err(TrainError::TokenizerGone { folder: folder.to_owned() });
+        }
+        let (out, config) = (&options.out, &origin.config);
+        Ok(match options.form {
+            Form::Weights(precision) => {
+                Self::Weights(CheckpointWriter::create_as(out, config, layout, tokenizer, precision)?)
+            }
+            Form::State => Self::State(StateWriter::create(out, meta, config, layout, tokenizer)?),
+        })
+    }
+
+    fn write(&mut self, tile: Tile<'_>, bytes: &[u8]) -> Result<(), CheckpointError> {
+        let (unit, start, values) = (tile.unit, tile.start, floats(bytes));
+        match (self, tile.kind) {
+            (Self::Weights(writer), _) => writer.write_part(unit, start, values),
+            (Self::State(writer), TileKind::Weights) => {
+                writer.write_part(StateArray::Weight, unit, start, values)
+            }
+            (Self::State(writer), TileKind::Moments) => {
+                let (exp_avg, exp_avg_sq) = values.split_at(tile.elements);
+                writer.write_part(StateArray::ExpAvg, unit, start, exp_avg)?;
+                writer.write_part(StateArray::ExpAvgSq, unit, start, exp_avg_sq)
+            }
+        }
+    }
+
+    fn finish(self) -> Result<(), CheckpointError> {
+        match self {
+            Self::Weights(writer) => writer.finish(),
+            Self::State(writer) => writer.finish(),
+        }
+    }
+}
+
+/// The store that a run makes in `directory`, or that `directory` is.
+fn store_in(directory: &Path) -> PathBuf {
+    let inside = directory.join(STORE_NAME);
+    if inside.is_dir() { inside } else { directory.to_owned() }
+}
+
+/// What is to be taken out, as it is at the moment.
+fn found(home: &Path, snapshot: Option<&str>) -> Result<Manifest, TrainError> {
+    let found = match snapshot {
+        Some(name) => Store::snapshot_of(home, name),
+        None => Store::committed(home),
+    };
+    found.map_err(|error| match error {
+        StoreError::NothingCommitted { path } => TrainError::NothingCommitted { path },
+        error => error.into(),
+    })
+}
+
+fn in_use(error: StoreError) -> TrainError {
+    match error {
+        StoreError::Locked { path, pid } => TrainError::InUse { path, pid },
+        error => error.into(),
+    }
+}
+
+fn not_a_state(path: &Path, reason: impl Into<String>) -> TrainError {
+    TrainError::NotAState { path: path.to_owned(), reason: reason.into() }
+}
+
+/// The tiles that the state is cut into.
+fn tile_bytes(home: &Path, meta: &serde_json::Value) -> Result<usize, TrainError> {
+    // A state without these is refused for what it lacks first.
+    let layout = ModelLayout::new(&ModelOrigin::of(home, meta)?.shape(home)?);
+    let tile_bytes = Identity::tile_bytes(meta).unwrap_or(0);
+    let is_sound = tile_bytes.is_multiple_of(BLOCK_ALIGNMENT) && plan::has_tiles_of(&layout, tile_bytes);
+    if is_sound { Ok(tile_bytes) } else { Err(not_a_state(home, format!("tiles of {tile_bytes} bytes"))) }
+}
+
+/// The directories and their data files: those that were given, or those that the manifest names.
+fn volumes(homes: &[PathBuf], manifest: &Manifest, engine: &Engine) -> Vec<Volume> {
+    let volume = |directory: &Path, rings: usize| {
+        let engines = vec![engine.clone(); rings.max(1)];
+        Volume { directory: directory.to_owned(), engines, weight: 1 }
+    };
+    if let [home] = homes {
+        // Files beside the manifest are named without a folder.
+        let mut named: Vec<(PathBuf, usize)> = Vec::new();
+        for lane in &manifest.lanes {
+            let folder = Path::new(&lane.file).parent().filter(|folder| *folder != Path::new(""));
+            let folder = folder.unwrap_or(home);
+            match named.last_mut() {
+                Some((last, rings)) if *last == folder => *rings += 1,
+                _ => named.push((folder.to_owned(), 1)),
+            }
+        }
+        if named.iter().all(|(folder, _)| folder.is_dir()) {
+            return named.iter().map(|(folder, rings)| volume(folder, *rings)).collect();
+        }
+    }
+    homes.iter().map(|home| volume(home, Store::data_files(home))).collect()
+}
+
+/// Proves that the state has every tile of the model, each of its length, before anything is made.
+fn check_tiles(
+    view: &View,
+    layout: &ModelLayout,
+    tile_bytes: usize,
+    kinds: &[TileKind],
+) -> Result<(), TrainError> {
+    for tile in tiles(layout, tile_bytes, kinds) {
+        let (tensor, expected) = (name(tile), tile.bytes());
+        let found = view.bytes(&tensor)?;
+        if found != expected {
+            return Err(StoreError::WrongLength { tensor, expected: found, found: expected }.into());
+        }
+    }
+    Ok(())
+}
+
+fn load<'a>(view: &'a View, pool: &Pool, tile: Tile<'_>) -> Result<ViewLoading<'a>, TrainError> {
+    Ok(view.load(&name(tile), lease(pool, tile)?)?)
+}
+
+/// What the tile is called in the store.
+fn name(tile: Tile<'_>) -> String {
+    let array = match tile.kind {
+        TileKind::Weights => weights_name(tile.unit.unit),
+        TileKind::Moments => moments_name(tile.unit.unit),
+    };
+    overspill_swap::tiles::tile_name(&array, tile.index)
+}

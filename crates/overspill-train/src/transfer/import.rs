@@ -1,0 +1,238 @@
+//! Into a store: a whole state that was taken out, or the weights of a Hugging Face folder as the start of a run.
+//!
+//! The store is made where `train --swap-dir` makes its own, filled tile by tile, and committed when all is there. Until
+//! then there is nothing that could be resumed: a process that is killed leaves a directory without a committed state.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use overspill_io::{BackendChoice, Pool};
+use overspill_swap::{Durability, Store, Storing, Vacant, Worth};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{Progress, Tile, TileKind, classes, lease, tiles, tiles_in_motion, tiles_of};
+use crate::checkpoint::{Checkpoint, CheckpointError, StateArray, StateFolder};
+use crate::config::{self, ModelConfig};
+use crate::error::{TrainError, check_stop};
+use crate::home::{Array, floats_mut, halves};
+use crate::identity::{Identity, ModelOrigin};
+use crate::layout::ModelLayout;
+use crate::options::StorageChoice;
+use crate::plan;
+use crate::report;
+use crate::volumes::{Opened, Volumes};
+
+/// What is to be taken in, and where to.
+#[derive(Clone, Debug)]
+pub struct ImportOptions {
+    /// A folder that an export has made, or a Hugging Face folder.
+    pub from: PathBuf,
+    /// Existing directories, in each of which a store is made, as by `train --swap-dir`.
+    pub directories: Vec<PathBuf>,
+    /// What a crash may cost the run that goes on: it decides how much room is taken.
+    pub durability: Durability,
+    /// How bytes are moved.
+    pub backend: BackendChoice,
+}
+
+/// What was taken in.
+#[derive(Clone, Debug, Serialize)]
+pub struct Imported {
+    /// The folder that was read.
+    pub from: PathBuf,
+    /// `weights` or `state`.
+    pub form: &'static str,
+    /// The store's home.
+    pub store: PathBuf,
+    /// The step after which the state is.
+    pub step: u64,
+    /// Number of parameters; shared ones count once.
+    pub parameters: u64,
+    /// Bytes written to the store.
+    pub bytes_written: u64,
+    /// Highest resident memory of the process.
+    pub peak_rss_bytes: u64,
+    /// How long it took.
+    pub elapsed_seconds: f64,
+}
+
+/// Where the numbers come from.
+enum Source {
+    Weights { checkpoint: Checkpoint, origin: ModelOrigin },
+    State { folder: StateFolder, meta: Value, step: u64 },
+}
+
+/// Makes a store with a state that `train --resume` goes on from.
+///
+/// # Errors
+/// [`TrainError`], in one line; nothing is left behind.
+pub fn import(
+    options: &ImportOptions,
+    stop: &AtomicBool,
+    progress: &mut Progress<'_>,
+) -> Result<Imported, TrainError> {
+    let started = Instant::now();
+    let storage = StorageChoice {
+        directories: options.directories.clone(),
+        keep: true,
+        resume: false,
+        durability: options.durability,
+        backend: options.backend,
+        depth: None,
+    };
+    if storage.directories.is_empty() {
+        return Err(TrainError::ResumeWhere);
+    }
+    let source = Source::open(&options.from)?;
+    let layout = ModelLayout::new(source.config());
+    let tile_bytes = source.tile_bytes(&layout);
+    let kinds = [TileKind::Weights, TileKind::Moments];
+    let lengths = || tiles(&layout, tile_bytes, &kinds).map(|tile| tile.bytes());
+    let capacity = Store::capacity_for(options.durability, Worth::State, lengths());
+    let volumes = Volumes::find(&storage)?;
+    volumes.check(capacity)?;
+
+    let ahead = tiles_in_motion(tile_bytes);
+    let pool = Pool::new(&classes(tile_bytes, ahead))?;
+    let Opened { volumes, .. } = volumes.open(&storage, &pool)?;
+    let store = Store::create_over(&volumes, options.durability, capacity)?;
+    let total: u64 = lengths().map(|bytes| bytes as u64).sum();
+    let mut done = 0;
+    let mut storing: VecDeque<Storing> = VecDeque::with_capacity(2 * ahead);
+    progress(0, total);
+    for unit in layout.units() {
+        let mut weights = Array::weights(unit, tile_bytes).reserve(&store, Worth::State)?.into_iter();
+        let mut moments = Array::moments(unit, tile_bytes).reserve(&store, Worth::State)?.into_iter();
+        for tile in tiles_of(unit, tile_bytes, &kinds) {
+            check_stop(stop)?;
+            let vacant = match tile.kind {
+                TileKind::Weights => weights.next(),
+                TileKind::Moments => moments.next(),
+            };
+            let vacant = vacant.expect("both are cut at the same places");
+            if storing.len() == 2 * ahead
+                && let Some(oldest) = storing.pop_front()
+            {
+                drop(oldest.wait().map_err(|failed| failed.error)?);
+            }
+            storing.push_back(store_tile(&source, &pool, tile, vacant)?);
+            done += tile.bytes() as u64;
+            progress(done, total);
+        }
+    }
+    for last in storing {
+        drop(last.wait().map_err(|failed| failed.error)?);
+    }
+    store.commit(source.meta(tile_bytes))?;
+    store.keep();
+    Ok(Imported {
+        from: options.from.clone(),
+        form: source.form(),
+        store: store.path().to_owned(),
+        step: source.step(),
+        parameters: layout.numel() as u64,
+        bytes_written: total,
+        peak_rss_bytes: report::memory_of_process("VmHWM").unwrap_or(0),
+        elapsed_seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+/// Reads a tile and starts writing it.
+fn store_tile(source: &Source, pool: &Pool, tile: Tile<'_>, vacant: Vacant) -> Result<Storing, TrainError> {
+    let mut block = lease(pool, tile)?;
+    source.read(tile, floats_mut(&mut block))?;
+    Ok(vacant.fill(block).map_err(|refused| refused.error)?.store())
+}
+
+impl Source {
+    fn open(from: &Path) -> Result<Self, TrainError> {
+        if !StateFolder::is_one(from)? {
+            let checkpoint = Checkpoint::open(from)?;
+            let config = checkpoint.config_fields().clone();
+            let origin = ModelOrigin { config, tokenizer: Some(config::absolute(from)) };
+            return Ok(Self::Weights { checkpoint, origin });
+        }
+        let folder = StateFolder::open(from)?;
+        let path = StateFolder::path(from);
+        let malformed =
+            |reason: &str| TrainError::NotAState { path: path.clone(), reason: reason.to_owned() };
+        let step = Identity::step(folder.meta()).ok_or_else(|| malformed("it does not say its step"))?;
+        let is_run = |run: &Value| run.as_object().is_some_and(|run| run.values().all(Value::is_string));
+        match folder.meta().get("run") {
+            Some(Value::Null) if step == 0 => {}
+            Some(run) if is_run(run) => {}
+            _ => return Err(malformed("it does not say of which run it is")),
+        }
+        let mut meta = folder.meta().clone();
+        if let Some(meta) = meta.as_object_mut() {
+            meta.remove("version");
+            // The folder that the tokenizer came from may be on another machine; its files came along.
+            if meta.get("tokenizer").is_some_and(Value::is_string) {
+                meta.insert("tokenizer".to_owned(), config::absolute(from).to_string_lossy().into());
+            }
+        }
+        Ok(Self::State { folder, meta, step })
+    }
+
+    fn config(&self) -> &ModelConfig {
+        match self {
+            Self::Weights { checkpoint, .. } => checkpoint.config(),
+            Self::State { folder, .. } => folder.config(),
+        }
+    }
+
+    /// The tiles of the run that the state is of, so that it takes no more memory than before.
+    fn tile_bytes(&self, layout: &ModelLayout) -> usize {
+        let known = match self {
+            Self::Weights { .. } => None,
+            Self::State { meta, .. } => Identity::tile_bytes(meta),
+        };
+        let usable = known.filter(|&tile_bytes| plan::has_tiles_of(layout, tile_bytes));
+        usable.unwrap_or_else(|| plan::tile_bytes_for_any(layout))
+    }
+
+    fn read(&self, tile: Tile<'_>, values: &mut [f32]) -> Result<(), CheckpointError> {
+        match (self, tile.kind) {
+            (Self::Weights { checkpoint, .. }, TileKind::Weights) => {
+                checkpoint.read_part(tile.unit, tile.start, values)
+            }
+            (Self::Weights { .. }, TileKind::Moments) => {
+                values.fill(0.0);
+                Ok(())
+            }
+            (Self::State { folder, .. }, TileKind::Weights) => {
+                folder.read_part(StateArray::Weight, tile.unit, tile.start, values)
+            }
+            (Self::State { folder, .. }, TileKind::Moments) => {
+                let (exp_avg, exp_avg_sq) = halves(values);
+                folder.read_part(StateArray::ExpAvg, tile.unit, tile.start, exp_avg)?;
+                folder.read_part(StateArray::ExpAvgSq, tile.unit, tile.start, exp_avg_sq)
+            }
+        }
+    }
+
+    /// What is committed with the state.
+    fn meta(&self, tile_bytes: usize) -> Value {
+        match self {
+            Self::Weights { origin, .. } => origin.untouched(tile_bytes),
+            Self::State { meta, .. } => Identity::with_tile_bytes(meta.clone(), tile_bytes),
+        }
+    }
+
+    fn step(&self) -> u64 {
+        match self {
+            Self::Weights { .. } => 0,
+            Self::State { step, .. } => *step,
+        }
+    }
+
+    fn form(&self) -> &'static str {
+        match self {
+            Self::Weights { .. } => "weights",
+            Self::State { .. } => "state",
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! The training state on its way to other programs, and from them.
+//!
+//! ```text
+//! store ── export ──► Hugging Face folder (weights), or a folder with the whole state
+//!       ◄── import ──
+//! ```
+//!
+//! Everything goes tile by tile through a small pool, so memory does not depend on the size of the model. What is made
+//! appears whole or not at all: a folder is written aside and renamed, a store is committed at its end.
+//!
+//! ```no_run
+//! use std::sync::atomic::AtomicBool;
+//!
+//! use overspill_train::transfer::{ExportOptions, Form, export};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let options = ExportOptions { form: Form::State, ..ExportOptions::new("/fast/disk".into(), "state".into()) };
+//! let exported = export(&options, &AtomicBool::new(false), &mut |done, total| println!("{done}/{total}"))?;
+//! println!("the state after step {}", exported.step);
+//! # Ok(())
+//! # }
+//! ```
+
+mod export;
+mod import;
+
+use overspill_io::{Block, BlockClass, Pool, PoolError};
+
+pub use self::export::{ExportOptions, Exported, Form, export};
+pub use self::import::{ImportOptions, Imported, import};
+use crate::layout::{ModelLayout, UnitLayout};
+
+/// Hears how far a transfer is: bytes of the state that are done, and of all.
+pub type Progress<'a> = dyn FnMut(u64, u64) + 'a;
+
+/// Bytes of the pool, if tiles are not longer than this would allow.
+const POOL_BYTES: usize = 24 << 20;
+
+/// Tiles in motion at a time.
+const TILES_MIN: usize = 2;
+const TILES_MAX: usize = 16;
+
+/// A tile of an array of a unit.
+#[derive(Clone, Copy, Debug)]
+struct Tile<'a> {
+    unit: &'a UnitLayout,
+    /// Its place in the row.
+    index: usize,
+    /// Its first element within the unit.
+    start: usize,
+    /// Of a tile of weights; one of moments has them twice.
+    elements: usize,
+    kind: TileKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum TileKind {
+    Weights,
+    Moments,
+}
+
+impl Tile<'_> {
+    fn bytes(&self) -> usize {
+        let arrays = if self.kind == TileKind::Moments { 2 } else { 1 };
+        arrays * self.elements * size_of::<f32>()
+    }
+}
+
+/// The tiles of a unit's weights, and of its moments if `kinds` has them, those of one place side by side.
+fn tiles_of<'a>(
+    unit: &'a UnitLayout,
+    tile_bytes: usize,
+    kinds: &'a [TileKind],
+) -> impl Iterator<Item = Tile<'a>> {
+    let tile_elements = tile_bytes / size_of::<f32>();
+    (0..unit.padded).step_by(tile_elements).enumerate().flat_map(move |(index, start)| {
+        let elements = tile_elements.min(unit.padded - start);
+        kinds.iter().map(move |&kind| Tile { unit, index, start, elements, kind })
+    })
+}
+
+/// Those of all units.
+fn tiles<'a>(
+    layout: &'a ModelLayout,
+    tile_bytes: usize,
+    kinds: &'a [TileKind],
+) -> impl Iterator<Item = Tile<'a>> {
+    layout.units().iter().flat_map(move |unit| tiles_of(unit, tile_bytes, kinds))
+}
+
+/// A block that is as long as the tile.
+fn lease(pool: &Pool, tile: Tile<'_>) -> Result<Block, PoolError> {
+    let bytes = tile.bytes();
+    let mut block = pool.lease(bytes)?;
+    if bytes < block.len() {
+        drop(block.split_off(bytes));
+    }
+    Ok(block)
+}
+
+/// Tiles of each kind that may be in motion at a time.
+fn tiles_in_motion(tile_bytes: usize) -> usize {
+    (POOL_BYTES / (3 * tile_bytes)).clamp(TILES_MIN, TILES_MAX)
+}
+
+/// Blocks for so many tiles of each kind.
+fn classes(tile_bytes: usize, count: usize) -> [BlockClass; 2] {
+    [
+        BlockClass { name: "tile of weights", block_bytes: tile_bytes, count },
+        BlockClass { name: "tile of moments", block_bytes: 2 * tile_bytes, count },
+    ]
+}
