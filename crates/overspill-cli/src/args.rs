@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use overspill_io::BackendChoice;
 use overspill_train::ByteSize;
+use overspill_train::wear::Endurance;
 
 use crate::bench::cells::Cell;
 use crate::export::ExportArguments;
@@ -55,6 +56,8 @@ pub(crate) enum BenchCommand {
     Io(BenchIoArguments),
     /// Speed of the AdamW update, beside a STREAM triad
     Adam(BenchAdamArguments),
+    /// What checksums, snapshots and commits cost, beside the same bytes without them
+    Store(BenchStoreArguments),
     /// One side of a comparison that another program leads
     #[command(hide = true)]
     Turns(BenchTurnsArguments),
@@ -186,6 +189,10 @@ pub(crate) struct TrainArguments {
     )]
     pub(crate) backend: BackendChoice,
 
+    /// Bytes that each drive is rated to be written, such as 600TBW: how much of its life the run uses is said then
+    #[arg(long, value_name = "TBW", conflicts_with = "in_memory", help_heading = "Output")]
+    pub(crate) endurance: Option<Endurance>,
+
     /// Write the numbers of the run to this file
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub(crate) json: Option<PathBuf>,
@@ -240,6 +247,29 @@ pub(crate) struct BenchAdamArguments {
     /// How many times each side is measured, in turns
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = positive)]
     pub(crate) pairs: usize,
+
+    /// Write the numbers to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchStoreArguments {
+    /// Existing directory on the disk to measure
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub(crate) dir: PathBuf,
+
+    /// Size of the state
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    pub(crate) size: ByteSize,
+
+    /// How many times each side is measured, in turns
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = positive)]
+    pub(crate) pairs: usize,
+
+    /// How bytes are moved: auto, io_uring, aio or threads
+    #[arg(long, value_name = "NAME", default_value = "auto", env = "OVERSPILL_BACKEND")]
+    pub(crate) backend: BackendChoice,
 
     /// Write the numbers to this file
     #[arg(long, value_name = "FILE")]

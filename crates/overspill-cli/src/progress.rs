@@ -7,6 +7,7 @@ use overspill_train::ByteSize;
 use overspill_train::home::{IoReport, Left};
 use overspill_train::run::{Observer, RunFacts};
 use overspill_train::trainer::StepReport;
+use overspill_train::wear::Decimal;
 
 use crate::output;
 use crate::table::thousands;
@@ -83,7 +84,12 @@ impl Observer for Progress {
         let (parameters, state) = (thousands(run.parameters as u64), ByteSize(run.state_bytes));
         self.say(&format!("training {parameters} parameters ({state} of state) {memory}"));
         if let Some(bytes) = run.storage_bytes {
-            self.say(&format!("taking {} of storage", ByteSize(bytes)));
+            let steps = run.steps.saturating_sub(run.steps_finished);
+            let written = Decimal(run.bytes_to_write.unwrap_or(0));
+            self.say(&format!(
+                "taking {} of storage; will write about {written} in {steps} steps",
+                ByteSize(bytes)
+            ));
         }
         if let Some(reason) = run.degraded_reason {
             self.noted(reason);

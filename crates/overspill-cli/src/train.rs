@@ -11,6 +11,7 @@ use overspill_train::plan::StepShape;
 use overspill_train::report::Summary;
 use overspill_train::run;
 use overspill_train::schedule::Schedule;
+use overspill_train::wear::{Decimal, Endurance, lifetime};
 
 use crate::args::{DurabilityChoice, TrainArguments};
 use crate::interrupt;
@@ -76,6 +77,7 @@ fn options(arguments: &TrainArguments, baseline_rss_bytes: u64) -> RunOptions {
         clip: (a.clip > 0.0).then_some(a.clip),
         adamw: AdamWConfig { beta1: a.beta1, beta2: a.beta2, ..AdamWConfig::default() },
         seed: a.seed,
+        endurance: a.endurance,
         baseline_rss_bytes,
     }
 }
@@ -118,6 +120,10 @@ fn table(summary: &Summary) -> Table {
         );
         table
             .line("storage", format!("{:.2} GB/s read, {:.2} GB/s written", s.io_read_gbps, s.io_write_gbps));
+        table.line("written", written(s));
+        if let Some(life) = life(s) {
+            table.line("life of the drive", life);
+        }
         table.line("hidden behind computation", format!("{:.0} % of the I/O", 100.0 * s.io_hidden_fraction));
         table.line("backend", backend(s));
         if s.volumes.len() > 1 {
@@ -132,6 +138,37 @@ fn table(summary: &Summary) -> Table {
     table.line("speed", format!("{:.0} tokens/s", s.tokens_per_second));
     table.line("loss", format!("{:.3} → {:.3} in {} steps", loss_first, loss_last, s.steps));
     table
+}
+
+fn written(summary: &Summary) -> String {
+    let s = summary;
+    let run = s.bytes_written_initially + s.bytes_written;
+    let written = format!("{} per step, {} in all", Decimal(s.bytes_written_per_step), Decimal(run));
+    // A state that went through several runs has more.
+    match s.bytes_written_lifetime > run {
+        true => format!("{written}, {} with the runs before", Decimal(s.bytes_written_lifetime)),
+        false => written,
+    }
+}
+
+fn life(summary: &Summary) -> Option<String> {
+    let used = summary.life_used_fraction?;
+    let rating = Endurance::from_bytes(summary.endurance_bytes?)?;
+    let mut life = format!("{} of {rating} used", percent(used));
+    if let Some(days) = summary.days_to_wear_out {
+        life += &format!(", {} at this rate", lifetime(days));
+    }
+    match &summary.endurance_directory {
+        Some(directory) => Some(format!("{life} (the drive of {directory}, which takes the most)")),
+        None => Some(life),
+    }
+}
+
+/// A share of which two digits can be seen, however small it is.
+fn percent(share: f64) -> String {
+    let percent = 100.0 * share;
+    let digits = if percent > 0.0 { (1.0 - percent.log10().floor()).clamp(0.0, 12.0) as usize } else { 0 };
+    format!("{percent:.digits$} %")
 }
 
 fn backend(summary: &Summary) -> String {

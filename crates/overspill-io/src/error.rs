@@ -106,7 +106,7 @@ pub enum IoError {
         length: usize,
     },
     /// The file system cannot hold the file.
-    #[error("no space for {}: {needed} more bytes needed, {free} free", path.display())]
+    #[error("no space for {}: {needed} more bytes needed, {}", path.display(), room(*needed, *free))]
     NoSpace {
         /// The file.
         path: PathBuf,
@@ -190,7 +190,30 @@ impl IoError {
     }
 }
 
+/// What is left of a file system. Where more is free than is needed, something else forbids it: not every file system
+/// counts a quota against what it says is free.
+fn room(needed: u64, free: u64) -> String {
+    if free < needed {
+        format!("{free} free")
+    } else {
+        format!("and a quota allows less than the {free} that are free")
+    }
+}
+
 /// The text of an errno, with its number.
 fn os(errno: i32) -> io::Error {
     io::Error::from_raw_os_error(errno)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quota_is_not_taken_for_a_full_disk() {
+        let said = |needed, free| IoError::NoSpace { path: "/swap/data".into(), needed, free }.to_string();
+        assert_eq!(said(10, 9), "no space for /swap/data: 10 more bytes needed, 9 free");
+        let quota = "no space for /swap/data: 10 more bytes needed, and a quota allows less than the 10 that are free";
+        assert_eq!(said(10, 10), quota);
+    }
 }

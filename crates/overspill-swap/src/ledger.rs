@@ -13,6 +13,12 @@
 //!                      its bytes are unknown     working = committed; the new extent is free
 //! ```
 //!
+//! The room does not grow with the number of steps: every step takes extents of the lengths that the one before it freed,
+//! and best fit puts them there. With `n` snapshots at a time the data file has at most [`Ledger::needed_bytes`], `n` times
+//! the state, and one growth (64 MiB or the longest tensor) beyond that; free ranges number a few for each length that
+//! tensors have, not for each tensor. Ten thousand steps of the default model, of 1134 tensors of eight lengths, have 26
+//! at most (`long_run.rs`).
+//!
 //! [`Durability::None`] and scratch tensors overwrite in place; of a committed version that is lost in this way nothing
 //! may be promised any more, and [`Begun::committed_version_lost`] says so.
 
@@ -410,5 +416,7 @@ pub(crate) fn needed_bytes(durability: Durability, worth: Worth, bytes: usize) -
     }
 }
 
+#[cfg(test)]
+mod long_run;
 #[cfg(test)]
 mod tests;

@@ -67,6 +67,8 @@
 //! ```
 #![forbid(unsafe_code)]
 
+#[cfg(any(test, feature = "fuzz"))]
+pub mod attack;
 mod bandwidth;
 pub mod buffers;
 mod directory;

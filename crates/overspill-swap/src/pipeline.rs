@@ -186,8 +186,9 @@ impl Item {
 impl LoadingItem {
     /// Waits for every tensor, so that nothing is in flight when one of them has failed.
     fn wait(self) -> Result<ReadyItem, StoreError> {
-        let wait = |loading: Vec<Loading>| -> Vec<_> { loading.into_iter().map(Loading::wait).collect() };
-        let (edited, read) = (wait(self.edited), wait(self.read));
+        let count = self.edited.len();
+        let mut edited = Loading::wait_all(self.edited.into_iter().chain(self.read).collect());
+        let read = edited.split_off(count);
         let edited: Result<_, _> = edited.into_iter().map(|r| r.map(Resident::edit)).collect();
         let read: Result<_, _> = read.into_iter().collect();
         match (edited, read) {
@@ -209,7 +210,7 @@ impl ReadyItem {
 
     fn store(self) -> StoringItem {
         StoringItem {
-            edited: self.edited.into_iter().map(Dirty::store).collect(),
+            edited: Dirty::store_all(self.edited),
             read: self.read.into_iter().map(Resident::release).collect(),
         }
     }

@@ -8,12 +8,15 @@
 //!                           └── release() or take(): Swapped; clean, so nothing is written
 //! ```
 //!
-//! The checksum is taken when a tensor is stored, while its bytes are still in cache, and compared when it is loaded. A
-//! tensor has one handle at a time; when it is dropped, [`Store::adopt`] gives a new one for what is on storage.
+//! The checksum is taken when a tensor is stored, while its bytes are still in cache, and compared when it is loaded. Of
+//! several tensors that move together, all cores compute them, those of what has landed while the rest is under way: the
+//! caller's thread has something better to do. A tensor has one handle at a time; when it is dropped, [`Store::adopt`]
+//! gives a new one for what is on storage.
 
 use std::fmt;
 
 use overspill_io::{BLOCK_ALIGNMENT, Block, Priority, Ticket};
+use rayon::prelude::*;
 
 use crate::error::StoreError;
 use crate::ledger::{Key, Version};
@@ -72,6 +75,13 @@ pub struct Loading {
 enum Reading {
     Begun { ticket: Ticket, version: Version },
     Refused(StoreError),
+}
+
+/// What was read for a tensor, whatever it is.
+struct Landed {
+    id: Id,
+    block: Block,
+    version: Version,
 }
 
 /// A tensor in memory, equal to its copy on storage.
@@ -232,18 +242,47 @@ impl Loading {
     /// [`LoadFailed`] with [`StoreError::Transfer`] or [`StoreError::Corrupt`]; with [`StoreError::Unfinished`] when its
     /// last write failed.
     pub fn wait(self) -> Result<Resident, LoadFailed> {
+        self.land().and_then(Landed::verify)
+    }
+
+    /// Waits for all of them, as [`Loading::wait`] does for one.
+    pub(crate) fn wait_all(all: Vec<Self>) -> Vec<Result<Resident, LoadFailed>> {
+        if all.len() < 2 {
+            return all.into_iter().map(Self::wait).collect();
+        }
+        let mut results: Vec<_> = all.iter().map(|_| None).collect();
+        rayon::in_place_scope(|scope| {
+            for (result, loading) in results.iter_mut().zip(all) {
+                match loading.land() {
+                    Ok(landed) => scope.spawn(move |_| *result = Some(landed.verify())),
+                    Err(failed) => *result = Some(Err(failed)),
+                }
+            }
+        });
+        results.into_iter().map(|result| result.expect("the scope ends when all of them are there")).collect()
+    }
+
+    /// Waits for the bytes.
+    fn land(self) -> Result<Landed, LoadFailed> {
         let Self { id, reading } = self;
         let (ticket, version) = match reading {
             Reading::Begun { ticket, version } => (ticket, version),
             Reading::Refused(error) => return Err(LoadFailed { error, tensor: Swapped(id) }),
         };
-        let block = match ticket.wait() {
-            Ok(block) => block,
+        match ticket.wait() {
+            Ok(block) => Ok(Landed { id, block, version }),
             Err(failed) => {
                 let error = id.store.transfer_error(id.key, failed.error);
-                return Err(LoadFailed { error, tensor: Swapped(id) });
+                Err(LoadFailed { error, tensor: Swapped(id) })
             }
-        };
+        }
+    }
+}
+
+impl Landed {
+    /// Compares the checksum of the bytes with what was stored.
+    fn verify(self) -> Result<Resident, LoadFailed> {
+        let Self { id, block, version } = self;
         match id.store.verify(id.key, version, checksum(&block)) {
             Ok(()) => Ok(Resident { id, block }),
             Err(error) => Err(LoadFailed { error, tensor: Swapped(id) }),
@@ -287,8 +326,18 @@ impl Dirty {
     /// Starts writing the tensor behind the computation's back. Its block returns to the pool the moment it is
     /// written, whether or not anybody waits.
     pub fn store(self) -> Storing {
+        let checksum = checksum(&self.block);
+        self.store_as(checksum)
+    }
+
+    /// Starts writing all of them, in their order, as [`Dirty::store`] does with one.
+    pub(crate) fn store_all(all: Vec<Self>) -> Vec<Storing> {
+        let checksums: Vec<u64> = all.par_iter().map(|tensor| checksum(&tensor.block)).collect();
+        all.into_iter().zip(checksums).map(|(tensor, checksum)| tensor.store_as(checksum)).collect()
+    }
+
+    fn store_as(self, checksum: u64) -> Storing {
         let Self { id, block } = self;
-        let checksum = checksum(&block);
         let writing = match id.store.begin_write(id.key) {
             Ok(extent) => {
                 let ticket = id.store.space().write_behind(extent.offset, block, Priority::Background);

@@ -83,7 +83,7 @@ impl LoadingTiles {
     /// # Errors
     /// The first tile's error, after all others have come to rest.
     pub fn wait(self) -> Result<(Vec<Swapped>, Block), StoreError> {
-        let results: Vec<_> = self.0.into_iter().map(Loading::wait).collect();
+        let results = Loading::wait_all(self.0);
         let mut tiles = Vec::with_capacity(results.len());
         let mut whole: Option<Block> = None;
         for result in results {
@@ -106,7 +106,7 @@ impl StoringTiles {
     pub fn overwrite(tiles: Vec<Swapped>, block: Block) -> Result<Self, StoreError> {
         let pairs = split(tiles, block)?;
         let dirty: Result<Vec<_>, _> = pairs.into_iter().map(|(tile, part)| tile.overwrite(part)).collect();
-        Ok(Self(dirty.map_err(|refused| refused.error)?.into_iter().map(Dirty::store).collect()))
+        Ok(Self(Dirty::store_all(dirty.map_err(|refused| refused.error)?)))
     }
 
     /// Starts writing the first contents of all tiles.
@@ -116,7 +116,7 @@ impl StoringTiles {
     pub fn fill(tiles: Vec<Vacant>, block: Block) -> Result<Self, StoreError> {
         let pairs = split(tiles, block)?;
         let dirty: Result<Vec<_>, _> = pairs.into_iter().map(|(tile, part)| tile.fill(part)).collect();
-        Ok(Self(dirty.map_err(|refused| refused.error)?.into_iter().map(Dirty::store).collect()))
+        Ok(Self(Dirty::store_all(dirty.map_err(|refused| refused.error)?)))
     }
 
     /// Whether [`StoringTiles::wait`] would return at once.

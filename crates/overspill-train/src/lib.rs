@@ -49,6 +49,7 @@ mod size;
 pub mod trainer;
 pub mod transfer;
 mod volumes;
+pub mod wear;
 
 pub use error::{TrainError, check_stop};
 pub use init::Initializer;

@@ -10,6 +10,7 @@ use crate::config::{ConfigError, ModelConfig, Rope};
 use crate::data::Tokenizer;
 use crate::plan::StepShape;
 use crate::schedule::Schedule;
+use crate::wear::Endurance;
 
 /// What to train.
 #[derive(Clone, Debug)]
@@ -91,6 +92,8 @@ pub struct RunOptions {
     pub adamw: AdamWConfig,
     /// Seed of first weights and data order.
     pub seed: u64,
+    /// What each drive is rated to be written, if the user knows.
+    pub endurance: Option<Endurance>,
     /// Resident memory of the process before it did anything, in bytes.
     pub baseline_rss_bytes: u64,
 }

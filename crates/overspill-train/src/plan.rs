@@ -146,9 +146,10 @@ pub(crate) fn has_tiles_of(layout: &ModelLayout, tile_bytes: usize) -> bool {
     candidates(Fixed { depth: Some(0), tile_bytes: Some(tile_bytes) }, longest).next().is_some()
 }
 
-/// What the store and the home keep in memory for a tile of weights, gradient and moments: names, extents, handles.
-/// A saved input takes no more.
-const TILE_RECORD_BYTES: usize = 1 << 10;
+/// What the store and the home take of the heap for a tile of weights, gradient and moments: names, extents, handles,
+/// what the update makes of them, and the manifest while it is written. A saved input takes no more. A test compares it
+/// with what the allocator sees.
+pub const TILE_RECORD_BYTES: usize = 5 << 9;
 
 /// What the layouts of a unit take in memory, as if it were this many more tiles.
 const UNIT_TILES: usize = 4;

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::home::IoReport;
 use crate::trainer::StepReport;
+use crate::wear::Rated;
 
 /// The whole run in numbers. Field names are stable; sizes are bytes, times are seconds, rates are 10⁹ bytes per
 /// second.
@@ -32,6 +33,21 @@ pub struct Summary {
     pub bytes_written: u64,
     /// Both, per parameter and step.
     pub bytes_per_parameter_step: f64,
+    /// Bytes written per step, as the plan said before the run.
+    pub bytes_written_per_step_planned: u64,
+    /// Bytes written per step, measured.
+    pub bytes_written_per_step: u64,
+    /// Bytes written for the state since it was made, in all runs together.
+    pub bytes_written_lifetime: u64,
+    /// What each drive is rated to be written; `null` when nobody said.
+    pub endurance_bytes: Option<u64>,
+    /// The directory whose drive takes the most and is worn out first; `null` when there is one drive, or no rating.
+    pub endurance_directory: Option<String>,
+    /// Share of that drive's rated life that this run used; `null` without a rating.
+    pub life_used_fraction: Option<f64>,
+    /// Days in which the run's steps, one after the other, would wear out a new drive of this rating; `null` without a
+    /// rating, and without steps.
+    pub days_to_wear_out: Option<f64>,
     /// Bytes read, over the time at least one read was under way.
     pub io_read_gbps: f64,
     /// Bytes written, over the time at least one write was under way.
@@ -115,6 +131,7 @@ pub(crate) struct Measured {
     pub(crate) io_after: IoReport,
     pub(crate) tokens_per_step: usize,
     pub(crate) parameters: usize,
+    pub(crate) rated: Option<Rated>,
 }
 
 impl Ledger {
@@ -122,6 +139,11 @@ impl Ledger {
         self.losses.push(step.loss);
         self.elapsed.push(step.elapsed);
         self.updates.push(step.update_elapsed);
+    }
+
+    /// Number and duration of the steps so far.
+    pub(crate) fn so_far(&self) -> (usize, Duration) {
+        (self.elapsed.len(), self.elapsed.iter().sum())
     }
 
     /// Fills in everything that was measured.
@@ -133,6 +155,8 @@ impl Ledger {
         summary.bytes_written_initially = measured.io_before.bytes_written;
         summary.bytes_read = io.bytes_read;
         summary.bytes_written = io.bytes_written;
+        summary.bytes_written_per_step = io.bytes_written / (steps as u64).max(1);
+        summary.bytes_written_lifetime = io.bytes_written_lifetime;
         let moved = (io.bytes_read + io.bytes_written) as f64;
         summary.bytes_per_parameter_step = ratio(moved, (measured.parameters * steps) as f64);
         summary.io_read_gbps = ratio(io.bytes_read as f64 / 1e9, io.read_busy.as_secs_f64());
@@ -141,6 +165,13 @@ impl Ledger {
             true => 1.0,
             false => (1.0 - ratio(io.waited.as_secs_f64(), io.busy.as_secs_f64())).max(0.0),
         };
+        if let Some(rated) = &measured.rated {
+            let wear = rated.wear(measured.io_after.bytes_written, io.bytes_written, total);
+            summary.endurance_bytes = Some(rated.endurance.bytes());
+            summary.endurance_directory = rated.directory.clone();
+            summary.life_used_fraction = Some(wear.life_used_fraction);
+            summary.days_to_wear_out = wear.days_to_wear_out;
+        }
         summary.steps = steps as u64;
         summary.tokens_per_second = ratio((measured.tokens_per_step * steps) as f64, total.as_secs_f64());
         summary.step_seconds_median = median(self.elapsed).as_secs_f64();
@@ -152,11 +183,12 @@ impl Ledger {
 }
 
 impl IoReport {
-    /// What happened since an earlier report.
+    /// What happened since an earlier report; what counts over all runs stays.
     pub fn since(&self, earlier: &Self) -> Self {
         Self {
             bytes_read: self.bytes_read.saturating_sub(earlier.bytes_read),
             bytes_written: self.bytes_written.saturating_sub(earlier.bytes_written),
+            bytes_written_lifetime: self.bytes_written_lifetime,
             busy: self.busy.saturating_sub(earlier.busy),
             read_busy: self.read_busy.saturating_sub(earlier.read_busy),
             write_busy: self.write_busy.saturating_sub(earlier.write_busy),

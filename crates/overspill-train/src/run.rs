@@ -5,6 +5,7 @@
 //! output folder with all the room it will need, and the store in directories that the run makes, and removes if they are
 //! not to be kept.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -25,6 +26,7 @@ use crate::plan::{Fixed, MemoryPlan};
 use crate::report::{self, Ledger, Measured, Summary, VolumeSummary};
 use crate::trainer::{Commit, Settings, StepReport, Trainer};
 use crate::volumes::{Opened, Volumes};
+use crate::wear::{Forecast, Place, RATE_STEPS, Rated};
 
 /// Hears how a run gets on.
 pub trait Observer {
@@ -59,6 +61,10 @@ pub struct RunFacts<'a> {
     pub steps: u64,
     /// Bytes that the state takes on storage; `None` when it is in memory.
     pub storage_bytes: Option<u64>,
+    /// Bytes that the steps to come will write, and the first state; `None` when it is in memory.
+    pub bytes_to_write: Option<u64>,
+    /// Steps that earlier runs have finished.
+    pub steps_finished: u64,
     /// Which backend moves the bytes.
     pub backend: &'a str,
     /// Why not a better one.
@@ -186,7 +192,7 @@ impl Prepared {
     ) -> Result<Summary, TrainError> {
         let transport = Transport::in_memory();
         let out = self.out(options)?;
-        self.announce(options, &transport, observer);
+        self.announce(options, &transport, None, observer);
         let home = MemoryHome::new(&self.layout, &mut self.source(options, stop, observer))?;
         let course = Course { finished: 0, commit: Commit::OnDemand };
         self.train(options, home, course, &transport, out, |_, _| Ok(()), stop, observer)
@@ -213,10 +219,11 @@ impl Prepared {
             check_finished(volumes.home(), identity.check(volumes.home(), meta)?)?;
         }
         let pool = Pool::new(&self.plan.classes())?;
+        let committed = volumes.committed().cloned();
         let Opened { volumes, summaries, notes } = volumes.open(storage, &pool)?;
         let transport = Transport::over(summaries, notes);
         let out = self.out(options)?;
-        self.announce(options, &transport, observer);
+        self.announce(options, &transport, committed.as_ref(), observer);
         let site = Site { volumes: &volumes, durability: storage.durability, identity: &identity };
         let (mut home, finished) = match storage.resume {
             true => SwappedHome::open(&self.layout, &self.plan, site, &pool)?,
@@ -315,13 +322,29 @@ impl Prepared {
         4 * self.layout.padded_bytes() as u64
     }
 
-    fn announce(&self, options: &RunOptions, transport: &Transport, observer: &mut dyn Observer) {
+    /// Says what is about to happen, after what was `committed`.
+    fn announce(
+        &self,
+        options: &RunOptions,
+        transport: &Transport,
+        committed: Option<&serde_json::Value>,
+        observer: &mut dyn Observer,
+    ) {
+        let steps = options.schedule.steps;
+        let steps_finished = committed.and_then(|meta| meta["step"].as_u64()).unwrap_or(0);
+        let forecast = self.forecast();
+        let bytes_to_write = match committed {
+            Some(_) => forecast.steps(steps.saturating_sub(steps_finished)),
+            None => forecast.run(steps),
+        };
         observer.started(&RunFacts {
             parameters: self.layout.numel(),
             state_bytes: self.state_bytes(),
             memory_budget_bytes: budget(options),
             tokens_per_step: options.shape.tokens(),
-            steps: options.schedule.steps,
+            steps,
+            steps_finished,
+            bytes_to_write: budget(options).map(|_| bytes_to_write),
             storage_bytes: match &options.residence {
                 Residence::Memory => None,
                 Residence::Storage(storage) => {
@@ -334,6 +357,10 @@ impl Prepared {
         for note in &transport.notes {
             observer.noted(note);
         }
+    }
+
+    fn forecast(&self) -> Forecast {
+        Forecast::new(&self.config, &self.layout, &self.plan)
     }
 
     #[expect(clippy::too_many_arguments, reason = "all that was made for the run, to be used up")]
@@ -349,6 +376,7 @@ impl Prepared {
         observer: &mut dyn Observer,
     ) -> Result<Summary, TrainError> {
         let state_bytes = self.state_bytes();
+        let planned = budget(options).map_or(0, |_| self.forecast().step_bytes);
         let settings = Settings {
             shape: options.shape,
             schedule: options.schedule,
@@ -362,13 +390,25 @@ impl Prepared {
         let mut trainer = trainer.after(course.finished);
         let io_before = trainer.home().io().unwrap_or_default();
         let mut ledger = Ledger::default();
+        let rated =
+            options.endurance.and_then(|endurance| Rated::busiest(endurance, &places(&transport.volumes)));
+        let warn = |bytes, elapsed, observer: &mut dyn Observer| {
+            let warning = rated.as_ref().and_then(|rated| rated.warning(rated.wear(bytes, bytes, elapsed)));
+            warning.into_iter().for_each(|warning| observer.noted(&warning));
+        };
         let go_through = || {
             for _ in course.finished..options.schedule.steps {
                 let step = trainer.step(stop)?;
                 ledger.record(&step);
-                observer.stepped(&step, trainer.home().io().unwrap_or_default().since(&io_before));
+                let io = trainer.home().io().unwrap_or_default().since(&io_before);
+                observer.stepped(&step, io);
+                let (steps, elapsed) = ledger.so_far();
+                if steps == RATE_STEPS && step.step < options.schedule.steps {
+                    warn(io.bytes_written, elapsed, observer);
+                }
             }
             let io_after = trainer.home().io().unwrap_or_default();
+            warn(io_after.since(&io_before).bytes_written, ledger.so_far().1, observer);
             // Before the export, which may fail: what was trained is worth keeping.
             finish(trainer.home(), options.schedule.steps)?;
             let units = self.layout.units().len();
@@ -408,6 +448,7 @@ impl Prepared {
             tile_bytes: self.plan.tile_bytes(),
             volumes: transport.volumes.clone(),
             first_step: course.finished.saturating_add(1),
+            bytes_written_per_step_planned: planned,
             ..Summary::default()
         };
         let measured = Measured {
@@ -415,10 +456,20 @@ impl Prepared {
             io_after,
             tokens_per_step: options.shape.tokens(),
             parameters: self.layout.numel(),
+            rated,
         };
         ledger.summarize(&measured, &mut summary);
         Ok(summary)
     }
+}
+
+/// The volumes, as far as wear is concerned. One whose file system cannot be told is a drive of its own.
+fn places(volumes: &[VolumeSummary]) -> Vec<Place> {
+    let place = |(index, volume): (u64, &VolumeSummary)| {
+        let device = std::fs::metadata(&volume.directory).map_or(u64::MAX - index, |found| found.dev());
+        Place { directory: volume.directory.clone(), device, weight: volume.weight }
+    };
+    (0..).zip(volumes).map(place).collect()
 }
 
 /// The memory budget, when there is one.

@@ -1,12 +1,20 @@
-//! The bound on a call's memory, against what the allocator sees.
+//! Bounds on memory that the plan relies on, against what the allocator sees.
 #![expect(unsafe_code, reason = "a global allocator that counts is an unsafe trait")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed, its helpers too")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicIsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
+use overspill_io::{Engine, EngineConfig, Pool};
+use overspill_optim::{AdamWConfig, Isa};
+use overspill_swap::{Durability, Volume};
 use overspill_train::config::{ModelConfig, Rope};
+use overspill_train::home::{GradientStart, Home, Site, SwappedHome, Update};
+use overspill_train::identity::Identity;
 use overspill_train::layout::{ModelLayout, Unit};
 use overspill_train::model::{Activations, BatchShape, Model, Weights};
+use overspill_train::plan::{Fixed, MemoryPlan, StepShape, TILE_RECORD_BYTES};
 
 struct Counting;
 
@@ -95,9 +103,58 @@ fn config(hidden: usize, heads: (usize, usize, usize), ffn: usize, vocab: usize)
     }
 }
 
-/// The only test of this binary: another one beside it would be counted, too.
+/// Held by each test of this binary: what another one allocates would be counted, too.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// Tiles of a model of so many layers, and the most that its state on storage and one update of it take of the heap.
+fn bookkeeping(layers: usize) -> (usize, usize) {
+    let config = ModelConfig { layers, ..config(512, (8, 4, 64), 1408, 257) };
+    let layout = ModelLayout::new(&config);
+    let shape = StepShape { batch: BatchShape { batch: 1, seq: 16 }, accumulate: 1 };
+    let fixed = Fixed { depth: Some(2), tile_bytes: Some(64 << 10) };
+    let plan = MemoryPlan::new(&config, &layout, shape, fixed, 0, usize::MAX).unwrap();
+    let pool = Pool::new(&plan.classes()).unwrap();
+    let engines = vec![Engine::start(EngineConfig::default(), &pool).unwrap()];
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let volumes = [Volume { directory: folder.path().join("store"), engines, weight: 1 }];
+    let identity = Identity::default();
+    let site = Site { volumes: &volumes, durability: Durability::Step, identity: &identity };
+    let stop = AtomicBool::new(false);
+    let update = Update {
+        adamw: AdamWConfig::default(),
+        learning_rate: 1e-3,
+        weight_decay: 0.1,
+        step: 1,
+        gradient_scale: 1.0,
+        isa: Isa::detect(),
+        stop: &stop,
+    };
+    let peak = peak_of(|| {
+        let mut home = SwappedHome::create(&layout, &plan, site, &pool, &mut |_, _| Ok(())).unwrap();
+        for unit in layout.units() {
+            let gradient = home.gradient(unit.unit, GradientStart::Zero).unwrap();
+            home.put_gradient(unit.unit, gradient).unwrap();
+        }
+        home.update(&update).unwrap();
+        home.commit(1).unwrap();
+        home
+    });
+    (layout.units().iter().map(|unit| unit.padded.div_ceil(plan.tile_elements())).sum(), peak)
+}
+
+#[test]
+fn the_plan_counts_what_the_tables_take_for_a_tile_and_not_twice_that() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let ((few, small), (many, large)) = (bookkeeping(2), bookkeeping(8));
+    let per_tile = (large - small) / (many - few);
+    let figures = format!("{per_tile} bytes for each of {many} tiles, {TILE_RECORD_BYTES} in the plan");
+    assert!(per_tile <= TILE_RECORD_BYTES, "{figures}");
+    assert!(TILE_RECORD_BYTES <= 2 * per_tile, "{figures}");
+}
+
 #[test]
 fn parameters_are_not_copied_and_the_workspace_bounds_every_call_without_being_twice_the_peak() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let shapes = [
         (config(512, (8, 4, 64), 1408, 257), 2, 128),
         (config(512, (8, 4, 64), 1408, 257), 4, 256),

@@ -8,4 +8,5 @@ pub(crate) mod cells;
 mod fio;
 pub(crate) mod io;
 pub(crate) mod pairs;
+pub(crate) mod store;
 pub(crate) mod turns;

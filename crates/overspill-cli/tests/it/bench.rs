@@ -109,6 +109,59 @@ fn an_interrupted_bench_leaves_nothing_behind() {
 }
 
 #[test]
+fn bench_store_says_what_promises_cost_and_leaves_nothing_behind() {
+    let place = Place::new();
+    let ended = place.run(&["bench", "store", "--size", "32MiB", "--pairs", "2", "--json", "n.json"]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    for name in ["checksum", "load", "snapshot", "commit of 10 000 tensors"] {
+        assert!(ended.stdout.contains(name), "{}", ended.stdout);
+    }
+    let numbers = read_json(&place.path("n.json"));
+    let positive = |numbers: &Value, names: &[&str]| {
+        for name in names {
+            assert!(numbers[name].as_f64().is_some_and(|number| number > 0.0), "{name} of {numbers}");
+        }
+    };
+    let checksums = numbers["checksums"].as_array().unwrap();
+    let places: Vec<_> = checksums.iter().map(|found| found["memory"].as_str().unwrap()).collect();
+    assert_eq!(places, ["warm", "warm", "cold", "cold"]);
+    for found in checksums {
+        positive(found, &["threads", "checksum_gbps", "sum_gbps", "ratio_to_sum", "checksum_ms_per_gb"]);
+    }
+    for side in ["load", "store"] {
+        positive(&numbers[side], &["store_gbps", "engine_gbps", "checksum_share"]);
+        assert!(numbers[side]["store_share"].as_f64().is_some_and(|share| share < 1.0), "{numbers}");
+    }
+    positive(&numbers["snapshot"], &["snapshot_seconds", "copy_seconds", "ratio_to_copy"]);
+    let commits = numbers["commits"].as_array().unwrap();
+    let counts: Vec<_> = commits.iter().map(|commit| commit["tensors"].as_u64().unwrap()).collect();
+    assert_eq!(counts, [100, 1_000, 10_000]);
+    commits.iter().for_each(|commit| positive(commit, &["seconds", "manifest_bytes"]));
+    assert_eq!((&numbers["pairs"], &numbers["state_bytes"]), (&2.into(), &(32 << 20).into()));
+    assert_eq!(place.names(), ["n.json"]);
+}
+
+#[test]
+fn an_interrupted_bench_of_the_store_leaves_nothing_behind() {
+    let place = Place::new();
+    let mut command = place.command(&["bench", "store", "--size", "32MiB", "--pairs", "100000"]);
+    let child = place.until_there_is("overspill-bench-", &mut command);
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-s", "INT", &pid]).status().unwrap().success());
+    let ended = Ended::of(&child.wait_with_output().unwrap());
+    assert_eq!(ended.status, Some(130), "{}", ended.stderr);
+    assert!(place.names().is_empty(), "{:?}", place.names());
+}
+
+#[test]
+fn bench_store_refuses_what_it_cannot_measure() {
+    let place = Place::new();
+    place.run(&["bench", "store", "--dir", "nowhere"]).refused(&["nowhere"]);
+    place.run(&["bench", "store", "--size", "1MiB"]).refused(&["--size", "less than one tensor"]);
+    assert!(place.names().is_empty());
+}
+
+#[test]
 fn bench_io_refuses_what_it_cannot_measure() {
     let place = Place::new();
     place.run(&["bench", "io", "--dir", "nowhere"]).refused(&["nowhere"]);

@@ -312,6 +312,7 @@ fn a_command_line_that_cannot_be_understood_is_explained() {
         ["train", "--lr", "nan"],
         ["train", "--backend", "carrier-pigeon"],
         ["train", "--batch", "0"],
+        ["train", "--endurance", "600TiB"],
     ] {
         let ended = place.run(&arguments);
         assert_eq!(ended.status, Some(2), "{}", ended.stderr);

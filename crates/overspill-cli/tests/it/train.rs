@@ -54,6 +54,92 @@ fn the_numbers_of_a_run_have_stable_names_and_make_sense() {
 }
 
 #[test]
+fn what_a_run_will_write_is_said_before_and_measured_after() {
+    for (more, layers) in [(&[][..], 2), (&["--tied"], 2), (&["--accumulate", "3", "--layers", "3"], 3)] {
+        let place = Place::new();
+        let ended = place.train(&[more, &["--json", "n.json"]].concat());
+        assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+        let numbers = read_json(&place.path("n.json"));
+        let number = |name: &str| numbers[name].as_u64().unwrap();
+        assert_eq!(
+            number("bytes_written_per_step"),
+            number("bytes_written_per_step_planned"),
+            "{layers}: {more:?}"
+        );
+        assert_eq!(number("bytes_written"), 3 * number("bytes_written_per_step"));
+        let run = number("bytes_written_initially") + number("bytes_written");
+        assert_eq!(number("bytes_written_lifetime"), run);
+        let megabytes = format!("will write about {:.1} MB in 3 steps", run as f64 / 1e6);
+        assert!(ended.stderr.contains(&megabytes), "{megabytes}: {}", ended.stderr);
+        for name in ["endurance_bytes", "endurance_directory", "life_used_fraction", "days_to_wear_out"] {
+            assert!(numbers[name].is_null(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn the_space_that_a_durability_takes_is_said_before_the_run() {
+    let place = Place::new();
+    let taken = |durability: &str| {
+        let ended = place.train(&["--durability", durability]);
+        assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+        let said = ended.stderr.split("taking ").nth(1).unwrap().split(" of storage").next().unwrap();
+        let size: overspill_train::ByteSize = said.parse().unwrap();
+        size.0 as f64
+    };
+    // Weights and both moments twice; the gradient and two inputs once.
+    let ratio = taken("step") / taken("none");
+    assert!((1.6..1.8).contains(&ratio), "{ratio}");
+}
+
+#[test]
+fn wear_is_told_in_numbers_and_a_drive_that_does_not_last_is_warned_of() {
+    let place = Place::new();
+    let ended = place.train(&["--endurance", "1GBW", "--steps", "8", "--json", "n.json"]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    let warnings =
+        ended.stderr.lines().filter(|line| line.contains("the drive, rated for 1GBW, is worn out in "));
+    assert_eq!(warnings.count(), 2, "once when the rate is known, and at the end: {}", ended.stderr);
+    assert!(ended.stdout.contains("of 1GBW used"), "{}", ended.stdout);
+    let numbers = read_json(&place.path("n.json"));
+    let number = |name: &str| numbers[name].as_f64().unwrap();
+    assert_eq!(numbers["endurance_bytes"], 1_000_000_000);
+    let run = number("bytes_written_initially") + number("bytes_written");
+    assert!((number("life_used_fraction") / (run / 1e9) - 1.0).abs() < 1e-9, "{numbers}");
+    assert!(number("days_to_wear_out") > 0.0 && number("days_to_wear_out") < 1.0, "{numbers}");
+    // As good as for ever: a rating that no test writes in a month.
+    let ended = place.train(&["--endurance", "18000PBW"]);
+    assert!(!ended.stderr.contains("worn out"), "{}", ended.stderr);
+}
+
+#[test]
+fn what_earlier_runs_of_a_state_wrote_is_counted() {
+    let place = Place::new();
+    fs::create_dir(place.path("swap")).unwrap();
+    let kept = ["--swap-dir", "swap", "--keep", "--endurance", "600TBW"];
+    let first = place.trained(&kept);
+    let written = |numbers: &Value, name: &str| numbers[name].as_u64().unwrap();
+    let resumed = place.trained(&[&kept[..], &["--resume"]].concat());
+    assert_eq!(written(&resumed, "bytes_written"), 0);
+    assert_eq!(written(&resumed, "bytes_written_lifetime"), written(&first, "bytes_written_lifetime"));
+    assert_eq!((&resumed["life_used_fraction"], &resumed["days_to_wear_out"]), (&0.0.into(), &Value::Null));
+}
+
+#[test]
+fn of_several_disks_the_one_that_takes_the_most_is_worn_out_first() {
+    let place = two_disks();
+    // Two directories of one file system, which are one disk.
+    for (disk, gbps) in [("one", 1.0), ("two", 3.0)] {
+        place.file(&format!("{disk}/overspill-tune.json"), profile(1, gbps));
+    }
+    let numbers = place.trained(&["--swap-dir", "one,two", "--endurance", "600TBW"]);
+    let run = numbers["bytes_written_lifetime"].as_f64().unwrap();
+    let used = numbers["life_used_fraction"].as_f64().unwrap();
+    assert!((used * 600e12 / run - 1.0).abs() < 1e-9, "{numbers}");
+    assert!(numbers["endurance_directory"].is_null());
+}
+
+#[test]
 fn a_run_leaves_nothing_behind() {
     let place = Place::new();
     let ended = place.train(&[]);

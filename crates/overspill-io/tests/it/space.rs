@@ -8,12 +8,33 @@ use std::process::Command;
 
 use overspill_io::{BlockClass, Direction, EngineConfig, Failed, IoError};
 
-use crate::alone::apart;
+use crate::alone::{alone, apart};
 use crate::rig::{KIB, MIB, Rig, assert_pattern, backends};
+use crate::seccomp::forbid;
 
 #[test]
 fn a_full_disk_is_an_error_and_the_data_comes_home() {
     apart("space::a_full_disk_is_an_error_and_the_data_comes_home_here");
+}
+
+#[test]
+fn a_quota_that_is_used_up_is_told_before_anything_depends_on_the_room() {
+    alone("space::a_quota_that_is_used_up_is_told_before_anything_depends_on_the_room_here");
+}
+
+#[test]
+#[ignore = "forbids a call to the whole process; run by a_quota_that_is_used_up_is_told_before_anything_depends_on_the_room"]
+fn a_quota_that_is_used_up_is_told_before_anything_depends_on_the_room_here() {
+    let class = BlockClass { name: "test", block_bytes: MIB, count: 1 };
+    let rig = Rig::with(EngineConfig::default(), &[class]);
+    let file = rig.create("file");
+    forbid(&[(libc::SYS_fallocate, libc::EDQUOT)]);
+    let error = file.allocate(4096).unwrap_err();
+    assert!(matches!(error, IoError::NoSpace { needed: 4096, .. }), "{error}");
+    let said = error.to_string();
+    assert!(said.contains("4096 more bytes needed, and a quota allows less than the "), "{said}");
+    assert!(!said.contains('\n'), "{said}");
+    assert_eq!(file.len().unwrap(), 0);
 }
 
 /// Mounts a file system in memory over `folder`.

@@ -61,6 +61,8 @@ pub struct IoReport {
     pub bytes_read: u64,
     /// Bytes written to storage.
     pub bytes_written: u64,
+    /// Bytes written for the state since it was made, in all runs together.
+    pub bytes_written_lifetime: u64,
     /// Time during which at least one transfer was under way.
     pub busy: Duration,
     /// Time during which at least one read was under way.
@@ -369,7 +371,16 @@ impl Home for SwappedHome {
         let EngineStats { bytes_read, bytes_written, busy, read_busy, write_busy, waited, .. } =
             self.store.stats();
         let waited = waited + self.pool.waited();
-        Some(IoReport { bytes_read, bytes_written, busy, read_busy, write_busy, waited })
+        let bytes_written_lifetime = self.store.bytes_written();
+        Some(IoReport {
+            bytes_read,
+            bytes_written,
+            bytes_written_lifetime,
+            busy,
+            read_busy,
+            write_busy,
+            waited,
+        })
     }
 }
 
