@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use crate::CHUNK_ELEMENTS;
 use crate::error::LengthMismatch;
+use crate::format::half::{Bf16, F16, Half};
 use crate::isa::{Isa, Kernel, Load};
 
 /// Widens the bf16 numbers in `bytes` (little-endian, two bytes each) into `out`, on all cores.
@@ -47,58 +48,6 @@ fn widen<H: Half>(isa: Isa, bytes: &[u8], out: &mut [f32]) -> Result<(), LengthM
             .for_each(|(out, halves)| isa.run(Widen::<H> { halves, out, half: PhantomData }));
     }
     Ok(())
-}
-
-/// A format of two bytes whose numbers are all `f32`.
-trait Half {
-    fn widen(bits: u16) -> f32;
-}
-
-/// The upper half of an `f32`.
-struct Bf16;
-
-impl Half for Bf16 {
-    #[inline(always)]
-    fn widen(bits: u16) -> f32 {
-        f32::from_bits(u32::from(bits) << 16)
-    }
-}
-
-/// IEEE 754 binary16: five bits of exponent, ten of mantissa.
-struct F16;
-
-impl F16 {
-    const SIGN: u16 = 0x8000;
-    const MANTISSA: u16 = 0x03ff;
-    /// The least magnitude with a full mantissa; below it are zero and the subnormals.
-    const LEAST_NORMAL: u16 = 0x0400;
-    const INFINITY: u16 = 0x7c00;
-    /// The value of the last place of a subnormal, 2⁻²⁴.
-    const SUBNORMAL_UNIT: f32 = 1.0 / 16_777_216.0;
-    /// Mantissa bits that `f32` has more.
-    const MANTISSA_SHIFT: u32 = 13;
-    /// How much larger the bias of `f32` is, at the place of its exponent.
-    const BIAS_DIFFERENCE: u32 = (127 - 15) << 23;
-    const F32_INFINITY: u32 = f32::INFINITY.to_bits();
-    const F32_QUIET: u32 = 1 << 22;
-}
-
-impl Half for F16 {
-    /// All cases are computed and one is selected, which keeps the loop free of branches.
-    #[inline(always)]
-    fn widen(bits: u16) -> f32 {
-        let sign = u32::from(bits & Self::SIGN) << 16;
-        let magnitude = bits & !Self::SIGN;
-        let moved = u32::from(magnitude) << Self::MANTISSA_SHIFT;
-
-        let subnormal = (f32::from(magnitude & Self::MANTISSA) * Self::SUBNORMAL_UNIT).to_bits();
-        let normal = moved + Self::BIAS_DIFFERENCE;
-        let quiet = if magnitude > Self::INFINITY { Self::F32_QUIET } else { 0 };
-        let special = moved | Self::F32_INFINITY | quiet;
-
-        let finite = if magnitude < Self::LEAST_NORMAL { subnormal } else { normal };
-        f32::from_bits(sign | if magnitude < Self::INFINITY { finite } else { special })
-    }
 }
 
 /// One chunk; the slices are of one length.

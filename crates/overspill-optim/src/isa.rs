@@ -4,7 +4,7 @@
 //! for the wanted instruction set; the same macro decides which sets the CPU has, so what [`Isa::detect`] names is what
 //! runs. A kernel passes its elements through a [`Load`]: the scalar version takes them one by one through a barrier
 //! that the vectorizer cannot cross, the others take them as they are. The arithmetic is written once, and Rust never
-//! contracts or reorders floating-point operations, so the versions differ in speed alone.
+//! contracts or reorders floating-point operations (a fused one is written as such), so the versions differ in speed alone.
 
 use std::fmt;
 use std::hint::black_box;
@@ -12,7 +12,7 @@ use std::hint::black_box;
 use multiversion::multiversion;
 use multiversion::target::match_target;
 
-/// An instruction set that this CPU has, in rising order of vector width.
+/// An instruction set that this CPU has; within one family of CPUs in rising order of vector width.
 ///
 /// The wider sets cannot be named outside this crate; [`Isa::detect`] and [`Isa::available`] hand them out after
 /// looking at the CPU.
@@ -24,12 +24,15 @@ use multiversion::target::match_target;
 pub enum Isa {
     /// One element at a time: the reference for the others, and all there is on a CPU that has neither.
     Scalar,
-    /// Eight `f32` at a time: AVX2 and FMA (fused operations are never used for results).
+    /// Eight `f32` at a time: AVX2 and FMA.
     #[non_exhaustive]
     Avx2,
     /// Sixteen `f32` at a time: AVX-512 as Ice Lake and later have it. Earlier CPUs slow down their clock for it.
     #[non_exhaustive]
     Avx512,
+    /// Four `f32` at a time: NEON, which every 64-bit ARM has.
+    #[non_exhaustive]
+    Neon,
 }
 
 impl Isa {
@@ -41,15 +44,22 @@ impl Isa {
 
     /// Every instruction set of this CPU, narrowest first; the first is [`Isa::Scalar`].
     pub fn available() -> impl Iterator<Item = Self> {
-        [Self::Scalar, Self::Avx2, Self::Avx512].into_iter().filter(|isa| *isa <= widest())
+        let wide: &[Self] = match widest() {
+            Self::Scalar => &[],
+            Self::Avx2 => &[Self::Avx2],
+            Self::Avx512 => &[Self::Avx2, Self::Avx512],
+            Self::Neon => &[Self::Neon],
+        };
+        std::iter::once(Self::Scalar).chain(wide.iter().copied())
     }
 
     /// Runs the version of `kernel` that was compiled for this instruction set.
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
-            Self::Scalar => kernel.run::<OneByOne>(),
+            Self::Scalar => run_scalar(kernel),
             Self::Avx2 => run_avx2(kernel),
             Self::Avx512 => run_avx512(kernel),
+            Self::Neon => run_neon(kernel),
         }
     }
 }
@@ -60,6 +70,7 @@ impl fmt::Display for Isa {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Neon => "neon",
         })
     }
 }
@@ -100,21 +111,43 @@ impl Load for Vectors {
     }
 }
 
+/// The one scalar version of a kernel; the vector versions lead here on a CPU that they are not for, which keeps the
+/// compiler from making a version of each of them for the least CPU.
+#[inline(never)]
+fn run_scalar<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<OneByOne>()
+}
+
 #[multiversion(targets("x86_64+avx2+fma"), dispatcher = "direct")]
 fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Vectors>()
+    match_target! {
+        "x86_64+avx2+fma" => kernel.run::<Vectors>(),
+        _ => run_scalar(kernel),
+    }
 }
 
 #[multiversion(targets("x86_64+avx512f"), dispatcher = "direct")]
 fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Vectors>()
+    match_target! {
+        "x86_64+avx512f" => kernel.run::<Vectors>(),
+        _ => run_scalar(kernel),
+    }
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"), dispatcher = "direct")]
+#[multiversion(targets("aarch64+neon"), dispatcher = "direct")]
+fn run_neon<K: Kernel>(kernel: K) -> K::Output {
+    match_target! {
+        "aarch64+neon" => kernel.run::<Vectors>(),
+        _ => run_scalar(kernel),
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma", "aarch64+neon"), dispatcher = "direct")]
 fn widest() -> Isa {
     match_target! {
         "x86_64+avx512f" => Isa::Avx512,
         "x86_64+avx2+fma" => Isa::Avx2,
+        "aarch64+neon" => Isa::Neon,
         _ => Isa::Scalar,
     }
 }

@@ -5,8 +5,8 @@
 //! loop that the compiler vectorizes once per instruction set ([`Isa`]). Slices of at most one chunk stay on the
 //! calling thread.
 //!
-//! The results do not depend on any of that: the element-wise functions round every element on its own, without
-//! contraction into fused multiply-adds, and the reductions add in an order fixed by the length alone. The same input
+//! The results do not depend on any of that: the element-wise functions round every element on its own, with fused
+//! multiply-adds only where the source says so, and the reductions add in an order fixed by the length alone. The same input
 //! gives the same bits on one thread or many, on every instruction set, and for the element-wise functions in one call
 //! or many over parts. (Only the payload of a NaN is left open.)
 //!
@@ -35,16 +35,39 @@
 mod adamw;
 mod convert;
 mod error;
+mod format;
 mod isa;
+mod job;
 mod norm;
+mod pass;
+mod recipe;
+mod record;
+mod rule;
+mod scaler;
 mod stream;
+mod whole;
 
-pub use adamw::{AdamWConfig, AdamWStep, adamw};
+pub use adamw::adamw;
 pub use convert::{widen_bf16, widen_f16};
-pub use error::LengthMismatch;
+pub use error::{ApplyError, LengthMismatch, RecipeError};
+pub use format::gradient::Gradient;
+pub use format::moment::{BLOCK_ELEMENTS, MomentFormat};
+pub use format::noise::Origin;
+pub use format::weight::{WeightFormat, Weights};
 pub use isa::Isa;
 pub use norm::sum_of_squares;
+pub use recipe::{Outcome, Recipe, Tile};
+pub use record::{FIELD_ALIGNMENT_BYTES, Field, RecordLayout};
+pub use rule::adafactor::{AdafactorConfig, AdafactorStep};
+pub use rule::adagrad::{AdagradConfig, AdagradStep};
+pub use rule::adam::{AdamStep, AdamWConfig, AdamWStep};
+pub use rule::lion::{LionConfig, LionStep};
+pub use rule::muon::{LearningRateAdjustment, MuonConfig, MuonStep};
+pub use rule::sgd::{SgdConfig, SgdStep};
+pub use rule::{Rule, Step};
+pub use scaler::{LossScaler, LossScalerConfig};
 pub use stream::{add_assign, triad};
+pub use whole::{Shape, WholeRecipe, WholeRule, WholeStep};
 
 /// Elements of one chunk: the unit of work of a thread, and the block of a reduction. Large enough that handing it out
 /// costs nothing beside the pass over it, small enough that a layer's parameters fill every thread.

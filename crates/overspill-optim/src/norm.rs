@@ -5,9 +5,13 @@
 //! number does not matter. The square of an `f32` is exact in `f64` and cannot overflow: the sum of squares is finite
 //! exactly when every element is, and the global norm doubles as the check for infinite and NaN gradients.
 
+use std::marker::PhantomData;
+
 use rayon::prelude::*;
 
 use crate::CHUNK_ELEMENTS;
+use crate::format::gradient::{Gradient, GradientFormat, Single};
+use crate::format::half::{Bf16, F16};
 use crate::isa::{Isa, Kernel, Load};
 
 /// Lanes of a block's sum: two registers of AVX-512, enough to hide the latency of an addition behind the reads.
@@ -21,30 +25,50 @@ const _: () = assert!(LANES.is_power_of_two(), "the lanes are added pairwise");
 /// threads and any `isa`; the sums of its parts need not add up to them.
 #[must_use]
 pub fn sum_of_squares(isa: Isa, x: &[f32]) -> f64 {
-    if x.len() <= CHUNK_ELEMENTS {
-        return isa.run(BlockSum(x));
+    summed::<Single>(isa, x)
+}
+
+impl Gradient<'_> {
+    /// The sum of squares of what the gradient is in single precision: [`sum_of_squares`] without a copy.
+    #[must_use]
+    pub fn sum_of_squares(&self, isa: Isa) -> f64 {
+        match self {
+            Self::F32(x) => summed::<Single>(isa, x),
+            Self::Bf16(x) => summed::<Bf16>(isa, x),
+            Self::F16(x) => summed::<F16>(isa, x),
+        }
     }
-    let blocks: Vec<f64> = x.par_chunks(CHUNK_ELEMENTS).map(|block| isa.run(BlockSum(block))).collect();
+}
+
+fn summed<G: GradientFormat>(isa: Isa, x: &[G::Cell]) -> f64 {
+    let block_sum = |block| isa.run(BlockSum::<G> { block, format: PhantomData });
+    if x.len() <= CHUNK_ELEMENTS {
+        return block_sum(x);
+    }
+    let blocks: Vec<f64> = x.par_chunks(CHUNK_ELEMENTS).map(block_sum).collect();
     blocks.iter().sum()
 }
 
 /// The sum of squares of one block.
-struct BlockSum<'a>(&'a [f32]);
+struct BlockSum<'a, G: GradientFormat> {
+    block: &'a [G::Cell],
+    format: PhantomData<G>,
+}
 
-impl Kernel for BlockSum<'_> {
+impl<G: GradientFormat> Kernel for BlockSum<'_, G> {
     type Output = f64;
 
     #[inline(always)]
     fn run<L: Load>(self) -> f64 {
         let mut lanes = [0.0_f64; LANES];
-        let (rows, rest) = self.0.as_chunks::<LANES>();
+        let (rows, rest) = self.block.as_chunks::<LANES>();
         for row in rows {
             for (lane, element) in lanes.iter_mut().zip(row) {
-                *lane = L::load(*lane + square(*element));
+                *lane = L::load(*lane + square(G::widen(*element)));
             }
         }
         for (lane, element) in lanes.iter_mut().zip(rest) {
-            *lane = L::load(*lane + square(*element));
+            *lane = L::load(*lane + square(G::widen(*element)));
         }
         let mut width = LANES;
         while width > 1 {

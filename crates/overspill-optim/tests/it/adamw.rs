@@ -65,8 +65,8 @@ fn element_in_f32(p: f32, g: f32, m: f32, v: f32) -> [f32; 3] {
     let (lr, weight_decay, t, scale) = (3e-4_f64, 0.1_f64, 3, 0.7_f32);
     let g = std::hint::black_box(g * scale);
     let p = p * (1.0 - lr * weight_decay) as f32;
-    let m = m + (g - m) * (1.0 - beta1) as f32;
-    let v = v * 0.95_f32 + (1.0 - beta2) as f32 * g * g;
+    let m = (g - m).mul_add((1.0 - beta1) as f32, m);
+    let v = ((1.0 - beta2) as f32 * g).mul_add(g, v * 0.95_f32);
     let denominator = v.sqrt() / (1.0 - beta2.powi(t)).sqrt() as f32 + 1e-8_f32;
     [p - (lr / (1.0 - beta1.powi(t))) as f32 * m / denominator, m, v]
 }

@@ -1,10 +1,14 @@
 //! What the crate promises, seen from outside: the arithmetic against plain references, and the same bits on every
 //! instruction set, for every slicing and every number of threads.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed, its helpers too")]
 
 mod adamw;
 mod convert;
 mod norm;
+mod recipe;
 mod stream;
+mod torch;
+mod whole;
 
 /// The elements that one thread takes at a time; lengths around its multiples meet the edges of the chunks.
 const CHUNK_ELEMENTS: usize = 64 * 1024;
