@@ -58,6 +58,8 @@ pub(crate) enum BenchCommand {
     Adam(BenchAdamArguments),
     /// What checksums, snapshots and commits cost, beside the same bytes without them
     Store(BenchStoreArguments),
+    /// An optimizer step with its state on storage, beside what the disk and the processor allow
+    Step(BenchStepArguments),
     /// One side of a comparison that another program leads
     #[command(hide = true)]
     Turns(BenchTurnsArguments),
@@ -179,6 +181,10 @@ pub(crate) struct TrainArguments {
     #[arg(long, value_name = "N", help_heading = "How it runs", value_parser = depth)]
     pub(crate) depth: Option<usize>,
 
+    /// The most of the state that may stay in memory for good [default: as much as --memory has room for]
+    #[arg(long, value_name = "SIZE", help_heading = "How it runs")]
+    pub(crate) resident: Option<ByteSize>,
+
     /// How bytes are moved: auto, io_uring, aio or threads
     #[arg(
         long,
@@ -247,6 +253,41 @@ pub(crate) struct BenchAdamArguments {
     /// How many times each side is measured, in turns
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = positive)]
     pub(crate) pairs: usize,
+
+    /// Write the numbers to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchStepArguments {
+    /// Existing directory on the disk to measure
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub(crate) dir: PathBuf,
+
+    /// Number of parameters; each has 10 bytes of state on storage, and 4 bytes of weights and gradients in memory
+    #[arg(long, value_name = "N", default_value_t = 220_000_000, value_parser = positive)]
+    pub(crate) parameters: usize,
+
+    /// All the memory that moving the state may take
+    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
+    pub(crate) memory: ByteSize,
+
+    /// Tiles that are loaded ahead and stored behind [default: as the memory allows]
+    #[arg(long, value_name = "N", value_parser = depth)]
+    pub(crate) depth: Option<usize>,
+
+    /// Bytes of a tile [default: as the memory allows]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) tile: Option<ByteSize>,
+
+    /// How many times each side is measured, in turns
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = positive)]
+    pub(crate) pairs: usize,
+
+    /// How bytes are moved: auto, io_uring, aio or threads
+    #[arg(long, value_name = "NAME", default_value = "auto", env = "OVERSPILL_BACKEND")]
+    pub(crate) backend: BackendChoice,
 
     /// Write the numbers to this file
     #[arg(long, value_name = "FILE")]

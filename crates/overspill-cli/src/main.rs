@@ -44,6 +44,7 @@ fn main() -> ExitCode {
         Command::Import(arguments) => import::run(&arguments),
         Command::Bench(BenchCommand::Io(arguments)) => bench::io::run(&arguments),
         Command::Bench(BenchCommand::Adam(arguments)) => bench::adam::run(&arguments),
+        Command::Bench(BenchCommand::Step(arguments)) => bench::step::run(&arguments),
         Command::Bench(BenchCommand::Store(arguments)) => bench::store::run(&arguments),
         Command::Bench(BenchCommand::Turns(arguments)) => bench::turns::run(&arguments),
         Command::Tune(arguments) => tune::run(&arguments),

@@ -61,6 +61,7 @@ fn options(arguments: &TrainArguments, baseline_rss_bytes: u64) -> RunOptions {
             },
             backend: a.backend,
             depth: a.depth,
+            resident_bytes_max: a.resident.map(|size| usize::try_from(size.0).unwrap_or(usize::MAX)),
         }),
     };
     let learning_rate = if a.model.is_some() { LEARNING_RATE_TUNING } else { LEARNING_RATE_FRESH };
@@ -125,6 +126,7 @@ fn table(summary: &Summary) -> Table {
             table.line("life of the drive", life);
         }
         table.line("hidden behind computation", format!("{:.0} % of the I/O", 100.0 * s.io_hidden_fraction));
+        table.line("in memory for good", size(s.resident_bytes.unwrap_or(0)));
         table.line("backend", backend(s));
         if s.volumes.len() > 1 {
             let weights: Vec<String> = s.volumes.iter().map(|volume| volume.weight.to_string()).collect();

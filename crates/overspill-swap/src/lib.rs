@@ -77,8 +77,10 @@ mod extent;
 mod ledger;
 mod manifest;
 mod names;
+pub mod optimizer;
 pub mod pipeline;
 mod profile;
+mod slot;
 mod snapshot;
 mod steps;
 mod store;
@@ -98,6 +100,7 @@ pub use manifest::{LaneRecord, Manifest, ManifestError, TensorRecord, VERSION as
 #[cfg(feature = "sim")]
 pub use names::outage::{Endangered, Links, endanger};
 pub use profile::{Profile, ProfileError};
+pub use slot::{Kept, Slot};
 #[cfg(feature = "sim")]
 pub use steps::{Step, watch_steps};
 pub use store::{Store, Usage, View, ViewLoading};
@@ -105,6 +108,8 @@ pub use survey::{
     Blocks, Damage, Damaged, DataFile, Examination, Findings, Fragmentation, Generation, GenerationState,
     Leftover, Remains, Scope, Survey, Verdict, leftovers, remove_leftover,
 };
-pub use tensor::{Dirty, LoadFailed, Loading, Refused, Resident, StoreFailed, Storing, Swapped, Vacant};
+pub use tensor::{
+    Dirty, LoadFailed, Loading, Refused, Resident, Saving, StoreFailed, Storing, Swapped, Vacant,
+};
 pub use volume::{Volume, weights};
 pub use wish::{Answer, Asked, Deleted, Wish};

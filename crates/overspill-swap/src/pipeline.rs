@@ -6,23 +6,29 @@
 //!
 //! The computation always sees the items in their order and one at a time, so every depth gives the same bits;
 //! depth 0 is the synchronous form, in which nothing overlaps. The pool paces it: an item is loaded ahead only if
-//! its blocks are free, and the item that is due waits for the oldest write when they are not. Whatever happens,
-//! nothing is in flight any more when [`run`] returns.
+//! its blocks are free, and the item that is due waits for the oldest write when they are not. Tensors that are in
+//! memory for good cost no block and no transfer; tensors that were prefetched are waited for.
+//!
+//! When [`run`] has succeeded, the writes of the last `depth` items may still be under way, behind whatever is computed
+//! next; their [slots](Slot) say so, and whoever uses or settles them learns how they ended. When it has failed,
+//! nothing is in flight any more.
 
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use overspill_io::{Block, Pool, PoolError};
 
 use crate::error::StoreError;
-use crate::tensor::{Dirty, Loading, Resident, Storing, Swapped};
+use crate::slot::{Coming, Present, Slot};
+use crate::tensor::Dirty;
 
 /// The tensors that one call of the computation works on.
 #[derive(Debug)]
 pub struct Item {
-    /// Loaded, changed and stored.
-    pub edited: Vec<Swapped>,
+    /// Loaded, changed and stored. A vacant one begins as zeros.
+    pub edited: Vec<Slot>,
     /// Loaded only.
-    pub read: Vec<Swapped>,
+    pub read: Vec<Slot>,
 }
 
 /// Why a pipeline stopped.
@@ -49,7 +55,7 @@ pub fn items_in_memory(depth: usize) -> usize {
 
 /// What a pipeline may hold.
 #[derive(Clone, Copy, Debug)]
-pub struct Lanes<'a> {
+pub struct Limits<'a> {
     /// Where the blocks come from.
     pub pool: &'a Pool,
     /// Items that load ahead, and items that store behind.
@@ -58,30 +64,62 @@ pub struct Lanes<'a> {
     pub block_bytes: &'a [usize],
 }
 
+/// Where the time of the calling thread went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timings {
+    /// Waiting for tensors, and for blocks to load them into.
+    pub load: Duration,
+    /// Computing.
+    pub compute: Duration,
+    /// Taking checksums, starting writes, and waiting for earlier ones.
+    pub store: Duration,
+}
+
+/// What a pipeline leaves.
+#[derive(Debug)]
+pub struct Done {
+    /// The items, in their order.
+    pub items: Vec<Item>,
+    /// Where the time went.
+    pub timings: Timings,
+}
+
 /// Runs `compute(index, edited, read)` over all items, `depth` of them loading ahead and as many storing behind.
 ///
 /// # Errors
 /// The first error of a transfer or of the computation. All items are given up then, data that could not be written
 /// included, and every block is home: half an update is worth nothing, and what was committed before is whole.
 pub fn run<E>(
-    lanes: Lanes<'_>,
+    limits: Limits<'_>,
     items: Vec<Item>,
     mut compute: impl FnMut(usize, &mut [&mut [u8]], &[&[u8]]) -> Result<(), E>,
-) -> Result<Vec<Item>, PipelineError<E>> {
-    let mut flight = Flight { lanes, ahead: VecDeque::new(), behind: VecDeque::new(), done: Vec::new() };
-    let result = flight.fly(items, &mut compute);
-    let landed = flight.land();
-    result?;
-    landed?;
-    Ok(flight.done)
+) -> Result<Done, PipelineError<E>> {
+    let mut flight = Flight {
+        limits,
+        ahead: VecDeque::new(),
+        behind: VecDeque::new(),
+        done: Vec::with_capacity(items.len()),
+        timings: Timings::default(),
+    };
+    match flight.fly(items, &mut compute) {
+        Ok(()) => {
+            flight.done.extend(flight.behind);
+            Ok(Done { items: flight.done, timings: flight.timings })
+        }
+        Err(error) => {
+            flight.give_up();
+            Err(error)
+        }
+    }
 }
 
 /// Everything that is in motion.
 struct Flight<'a> {
-    lanes: Lanes<'a>,
-    ahead: VecDeque<LoadingItem>,
-    behind: VecDeque<StoringItem>,
+    limits: Limits<'a>,
+    ahead: VecDeque<ComingItem>,
+    behind: VecDeque<Item>,
     done: Vec<Item>,
+    timings: Timings,
 }
 
 impl Flight<'_> {
@@ -90,137 +128,133 @@ impl Flight<'_> {
         items: Vec<Item>,
         compute: &mut impl FnMut(usize, &mut [&mut [u8]], &[&[u8]]) -> Result<(), E>,
     ) -> Result<(), PipelineError<E>> {
-        let count = items.len();
-        let mut items = items.into_iter().peekable();
-        for index in 0..count {
-            while self.ahead.len() <= self.lanes.depth && items.peek().is_some() {
-                let Some(blocks) = self.lease()? else { break };
-                if let Some(item) = items.next() {
-                    self.ahead.push_back(item.load(blocks)?);
+        let mut items = VecDeque::from(items);
+        for index in 0..items.len() {
+            let started = Instant::now();
+            while self.ahead.len() <= self.limits.depth
+                && let Some(next) = items.front()
+            {
+                let Some(blocks) = self.lease(&next.needs())? else { break };
+                if let Some(item) = items.pop_front() {
+                    self.ahead.push_back(item.begin(blocks)?);
                 }
             }
             let due = self.ahead.pop_front().expect("the item that is due was loaded before it");
-            let mut ready = due.wait()?;
-            ready.compute(|edited, read| compute(index, edited, read)).map_err(PipelineError::Compute)?;
-            self.behind.push_back(ready.store());
-            while self.behind.len() > self.lanes.depth {
+            let mut present = due.wait()?;
+            let loaded = Instant::now();
+            present.compute(|edited, read| compute(index, edited, read)).map_err(PipelineError::Compute)?;
+            let computed = Instant::now();
+            self.behind.push_back(present.store());
+            while self.behind.len() > self.limits.depth {
                 self.finish_oldest()?;
             }
+            self.timings.load += loaded - started;
+            self.timings.compute += computed - loaded;
+            self.timings.store += computed.elapsed();
         }
         Ok(())
     }
 
-    /// Blocks for one more item. `None`: there are none to be had now, and the item is not due yet.
-    fn lease(&mut self) -> Result<Option<Vec<Block>>, StoreError> {
-        let Lanes { pool, block_bytes, .. } = self.lanes;
-        loop {
-            match pool.try_lease_all(block_bytes) {
-                Ok(blocks) => return Ok(Some(blocks)),
+    /// Blocks for those tensors of the next item that need one. `None`: there are none to be had now, and the item is
+    /// not due yet.
+    fn lease(&mut self, needs: &[bool]) -> Result<Option<Vec<Option<Block>>>, StoreError> {
+        let Limits { pool, block_bytes, .. } = self.limits;
+        assert!(needs.len() <= block_bytes.len(), "there is a length for each tensor of the item");
+        let wanted: Vec<usize> =
+            block_bytes.iter().zip(needs).filter(|(_, needs)| **needs).map(|(&bytes, _)| bytes).collect();
+        let blocks = loop {
+            match pool.try_lease_all(&wanted) {
+                Ok(blocks) => break blocks,
                 Err(PoolError::Exhausted { .. }) if !self.ahead.is_empty() => return Ok(None),
                 Err(PoolError::Exhausted { .. }) if !self.behind.is_empty() => self.finish_oldest()?,
                 // Somebody else holds the blocks: wait for them, within the pool's patience.
-                Err(PoolError::Exhausted { .. }) => return Ok(Some(pool.lease_all(block_bytes)?)),
+                Err(PoolError::Exhausted { .. }) => break pool.lease_all(&wanted)?,
                 Err(error) => return Err(error.into()),
             }
-        }
+        };
+        let mut blocks = blocks.into_iter();
+        Ok(Some(needs.iter().map(|&needs| if needs { blocks.next() } else { None }).collect()))
     }
 
     fn finish_oldest(&mut self) -> Result<(), StoreError> {
         if let Some(oldest) = self.behind.pop_front() {
-            self.done.push(oldest.wait()?);
+            self.done.push(oldest.settle()?);
         }
         Ok(())
     }
 
-    /// Waits for everything in flight; the first error of a write counts, loads were for nothing anyway.
-    fn land(&mut self) -> Result<(), StoreError> {
-        for loading in self.ahead.drain(..) {
-            drop(loading.wait());
+    /// Waits for everything in flight; nobody asks any more how it ended.
+    fn give_up(self) {
+        for item in self.ahead {
+            drop(item.wait());
         }
-        let mut first_error = None;
-        for storing in self.behind.drain(..) {
-            match storing.wait() {
-                Ok(item) => self.done.push(item),
-                Err(error) => first_error = first_error.or(Some(error)),
-            }
+        for item in self.behind {
+            drop(item.settle());
         }
-        first_error.map_or(Ok(()), Err)
     }
 }
 
-struct LoadingItem {
-    edited: Vec<Loading>,
-    read: Vec<Loading>,
-}
-
-struct ReadyItem {
-    edited: Vec<Dirty>,
-    read: Vec<Resident>,
-}
-
-struct StoringItem {
-    edited: Vec<Storing>,
-    read: Vec<Swapped>,
+/// Puts every tensor through `step`: all of them, so that nothing is in flight unseen when one has failed.
+fn each<T, U>(tensors: Vec<T>, step: impl FnMut(T) -> Result<U, StoreError>) -> Result<Vec<U>, StoreError> {
+    let results: Vec<_> = tensors.into_iter().map(step).collect();
+    results.into_iter().collect()
 }
 
 impl Item {
-    /// Starts loading all tensors, or none if a block does not fit.
-    fn load(self, blocks: Vec<Block>) -> Result<LoadingItem, StoreError> {
-        assert_eq!(
-            blocks.len(),
-            self.edited.len() + self.read.len(),
-            "one block for each tensor of the item"
-        );
-        let tensors = self.edited.iter().chain(&self.read);
-        let fitted = tensors.zip(blocks).map(|(tensor, block)| tensor.fit(block));
-        let mut blocks = fitted.collect::<Result<Vec<_>, _>>()?.into_iter();
-        let mut load = |tensors: Vec<Swapped>| {
-            let pairs = tensors.into_iter().zip(blocks.by_ref());
-            pairs.map(|(tensor, block)| tensor.load(block).map_err(|refused| refused.error)).collect()
-        };
-        let edited: Result<Vec<_>, StoreError> = load(self.edited);
-        Ok(LoadingItem { edited: edited?, read: load(self.read)? })
+    /// Whether each tensor needs a block.
+    fn needs(&self) -> Vec<bool> {
+        self.edited.iter().chain(&self.read).map(Slot::needs_block).collect()
+    }
+
+    /// Starts loading all tensors.
+    fn begin(self, blocks: Vec<Option<Block>>) -> Result<ComingItem, StoreError> {
+        let mut blocks = blocks.into_iter();
+        let mut begin = |slots| each(slots, |slot: Slot| slot.begin(blocks.next().flatten()));
+        let (edited, read) = (begin(self.edited), begin(self.read));
+        Ok(ComingItem { edited: edited?, read: read? })
+    }
+
+    /// Waits for every write.
+    fn settle(self) -> Result<Self, StoreError> {
+        let (edited, read) = (each(self.edited, Slot::settle), each(self.read, Slot::settle));
+        Ok(Self { edited: edited?, read: read? })
     }
 }
 
-impl LoadingItem {
-    /// Waits for every tensor, so that nothing is in flight when one of them has failed.
-    fn wait(self) -> Result<ReadyItem, StoreError> {
+struct ComingItem {
+    edited: Vec<Coming>,
+    read: Vec<Coming>,
+}
+
+impl ComingItem {
+    /// Waits for every tensor.
+    fn wait(self) -> Result<PresentItem, StoreError> {
         let count = self.edited.len();
-        let mut edited = Loading::wait_all(self.edited.into_iter().chain(self.read).collect());
+        let mut edited = Coming::wait_all(self.edited.into_iter().chain(self.read).collect())?;
         let read = edited.split_off(count);
-        let edited: Result<_, _> = edited.into_iter().map(|r| r.map(Resident::edit)).collect();
-        let read: Result<_, _> = read.into_iter().collect();
-        match (edited, read) {
-            (Ok(edited), Ok(read)) => Ok(ReadyItem { edited, read }),
-            (Err(failed), _) | (_, Err(failed)) => Err(failed.error),
-        }
+        Ok(PresentItem { edited: edited.into_iter().map(Present::edit).collect(), read })
     }
 }
 
-impl ReadyItem {
+struct PresentItem {
+    edited: Vec<Present<Dirty>>,
+    read: Vec<Present>,
+}
+
+impl PresentItem {
     fn compute<E>(
         &mut self,
         compute: impl FnOnce(&mut [&mut [u8]], &[&[u8]]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut edited: Vec<_> = self.edited.iter_mut().map(Dirty::bytes_mut).collect();
-        let read: Vec<_> = self.read.iter().map(Resident::bytes).collect();
+        let mut edited: Vec<_> = self.edited.iter_mut().map(|present| present.tensor.bytes_mut()).collect();
+        let read: Vec<_> = self.read.iter().map(|present| present.tensor.bytes()).collect();
         compute(&mut edited, &read)
     }
 
-    fn store(self) -> StoringItem {
-        StoringItem {
-            edited: Dirty::store_all(self.edited),
-            read: self.read.into_iter().map(Resident::release).collect(),
+    fn store(self) -> Item {
+        Item {
+            edited: Present::store_all(self.edited),
+            read: self.read.into_iter().map(Present::release).collect(),
         }
-    }
-}
-
-impl StoringItem {
-    /// Waits for every tensor, so that nothing is in flight when one of them has failed.
-    fn wait(self) -> Result<Item, StoreError> {
-        let results: Vec<_> = self.edited.into_iter().map(Storing::wait).collect();
-        let edited: Result<_, _> = results.into_iter().collect();
-        edited.map(|edited| Item { edited, read: self.read }).map_err(|failed| failed.error)
     }
 }

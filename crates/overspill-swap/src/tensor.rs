@@ -1,6 +1,7 @@
 //! A tensor on its way out and back: its state is its type, and moving it is the only way to change it.
 //!
 //! ```text
+//!                        ┌──save()──► Saving ──wait()──► Resident     a tensor that stays in memory
 //! Vacant ──fill(block)──► Dirty ──store()──► Storing ──wait()──► Swapped
 //!                           ▲ ▲                 └─ failed: Dirty again, the only copy comes home
 //!                    edit() │ └──overwrite(block)──┐
@@ -15,7 +16,7 @@
 
 use std::fmt;
 
-use overspill_io::{BLOCK_ALIGNMENT, Block, Priority, Ticket};
+use overspill_io::{BLOCK_ALIGNMENT, Block, Priority, Space, Ticket};
 use rayon::prelude::*;
 
 use crate::error::StoreError;
@@ -24,7 +25,7 @@ use crate::manifest::checksum;
 use crate::store::Store;
 
 /// What every state carries: which tensor of which store. There is one for each tensor at most.
-struct Id {
+pub(crate) struct Id {
     store: Store,
     key: Key,
 }
@@ -36,11 +37,24 @@ impl Drop for Id {
 }
 
 impl Id {
+    /// Length of the tensor, in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.store.bytes(self.key)
+    }
+
     fn check_length(&self, block: &Block) -> Result<(), StoreError> {
         if self.store.bytes(self.key) == block.len() { Ok(()) } else { Err(self.wrong_length(block.len())) }
     }
 
-    fn wrong_length(&self, found: usize) -> StoreError {
+    fn fit(&self, mut block: Block) -> Result<Block, StoreError> {
+        let bytes = self.store.bytes(self.key);
+        if bytes < block.len() && bytes.is_multiple_of(BLOCK_ALIGNMENT) {
+            drop(block.split_off(bytes));
+        }
+        self.check_length(&block).map(|()| block)
+    }
+
+    pub(crate) fn wrong_length(&self, found: usize) -> StoreError {
         let expected = self.store.bytes(self.key);
         StoreError::WrongLength { tensor: self.store.name(self.key), expected, found }
     }
@@ -103,12 +117,17 @@ pub struct Dirty {
 /// A tensor on its way to storage. Dropping it waits, too: where a write is under way, nobody else may write.
 #[derive(Debug)]
 #[must_use = "whether the tensor was stored is known only after waiting"]
-pub struct Storing(Option<Writing>);
+pub struct Storing(Option<Writing<()>>);
 
-/// Bytes on their way out, or why not.
+/// A tensor on its way to storage that stays in memory. Dropping it waits, as it does for [`Storing`].
 #[derive(Debug)]
-enum Writing {
-    Begun { id: Id, ticket: Ticket<()>, checksum: u64 },
+#[must_use = "whether the tensor was saved is known only after waiting"]
+pub struct Saving(Option<Writing<Block>>);
+
+/// Bytes on their way out, or why not; `T` is what comes back.
+#[derive(Debug)]
+enum Writing<T> {
+    Begun { id: Id, ticket: Ticket<T>, checksum: u64 },
     Refused { tensor: Dirty, error: StoreError },
 }
 
@@ -154,8 +173,16 @@ impl Vacant {
         self.0.store.bytes(self.0.key)
     }
 
-    pub(crate) fn wrong_length(&self, found: usize) -> StoreError {
-        self.0.wrong_length(found)
+    pub(crate) fn id(&self) -> &Id {
+        &self.0
+    }
+
+    /// Cuts a block that may be longer to the tensor's length.
+    ///
+    /// # Errors
+    /// [`StoreError::WrongLength`] when it is shorter, or can't be cut there.
+    pub(crate) fn fit(&self, block: Block) -> Result<Block, StoreError> {
+        self.0.fit(block)
     }
 
     /// Gives the tensor its first contents.
@@ -180,8 +207,8 @@ impl Swapped {
         self.0.store.bytes(self.0.key)
     }
 
-    pub(crate) fn wrong_length(&self, found: usize) -> StoreError {
-        self.0.wrong_length(found)
+    pub(crate) fn id(&self) -> &Id {
+        &self.0
     }
 
     /// Starts reading the tensor into a block of its length.
@@ -203,16 +230,9 @@ impl Swapped {
         Ok(Loading { id: self.0, reading })
     }
 
-    /// Cuts a block that may be longer to the tensor's length.
-    ///
-    /// # Errors
-    /// [`StoreError::WrongLength`] when it is shorter, or can't be cut there.
-    pub(crate) fn fit(&self, mut block: Block) -> Result<Block, StoreError> {
-        let bytes = self.bytes();
-        if bytes < block.len() && bytes.is_multiple_of(BLOCK_ALIGNMENT) {
-            drop(block.split_off(bytes));
-        }
-        self.0.check_length(&block).map(|()| block)
+    /// As [`Vacant::fit`].
+    pub(crate) fn fit(&self, block: Block) -> Result<Block, StoreError> {
+        self.0.fit(block)
     }
 
     /// Replaces the contents without reading them.
@@ -228,6 +248,10 @@ impl Swapped {
 }
 
 impl Loading {
+    pub(crate) fn id(&self) -> &Id {
+        &self.id
+    }
+
     /// Whether [`Loading::wait`] would return at once.
     pub fn is_done(&self) -> bool {
         match &self.reading {
@@ -291,6 +315,10 @@ impl Landed {
 }
 
 impl Resident {
+    pub(crate) fn id(&self) -> &Id {
+        &self.id
+    }
+
     /// The tensor's bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.block
@@ -313,6 +341,15 @@ impl Resident {
 }
 
 impl Dirty {
+    pub(crate) fn id(&self) -> &Id {
+        &self.id
+    }
+
+    /// What somebody is told who wanted to read a tensor that has no contents.
+    pub(crate) fn unfinished(&self) -> StoreError {
+        StoreError::Unfinished { tensor: self.id.store.name(self.id.key) }
+    }
+
     /// The tensor's bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.block
@@ -337,25 +374,37 @@ impl Dirty {
     }
 
     fn store_as(self, checksum: u64) -> Storing {
+        let write = |space: &Space, offset, block| space.write_behind(offset, block, Priority::Background);
+        Storing(Some(self.begin(checksum, write)))
+    }
+
+    /// Starts writing the tensor, which stays in memory.
+    pub fn save(self) -> Saving {
+        let checksum = checksum(&self.block);
+        let write = |space: &Space, offset, block| space.write(offset, block, Priority::Background);
+        Saving(Some(self.begin(checksum, write)))
+    }
+
+    fn begin<T>(self, checksum: u64, write: impl FnOnce(&Space, u64, Block) -> Ticket<T>) -> Writing<T> {
         let Self { id, block } = self;
-        let writing = match id.store.begin_write(id.key) {
+        match id.store.begin_write(id.key) {
             Ok(extent) => {
-                let ticket = id.store.space().write_behind(extent.offset, block, Priority::Background);
+                let ticket = write(id.store.space(), extent.offset, block);
                 Writing::Begun { id, ticket, checksum }
             }
             Err(error) => Writing::Refused { tensor: Self { id, block }, error },
-        };
-        Storing(Some(writing))
+        }
     }
 }
 
 impl Storing {
+    pub(crate) fn id(&self) -> &Id {
+        self.0.as_ref().expect("it is waited for once").id()
+    }
+
     /// Whether [`Storing::wait`] would return at once.
     pub fn is_done(&self) -> bool {
-        match &self.0 {
-            Some(Writing::Begun { ticket, .. }) => ticket.is_done(),
-            Some(Writing::Refused { .. }) | None => true,
-        }
+        self.0.as_ref().is_none_or(Writing::is_done)
     }
 
     /// Waits until the tensor is on storage.
@@ -363,7 +412,8 @@ impl Storing {
     /// # Errors
     /// [`StoreFailed`] with [`StoreError::Transfer`], or with what kept the data file from growing, and the data.
     pub fn wait(mut self) -> Result<Swapped, StoreFailed> {
-        self.0.take().expect("it is waited for once").wait()
+        let writing = self.0.take().expect("it is waited for once");
+        writing.wait().map(|(id, ())| Swapped(id))
     }
 }
 
@@ -375,16 +425,58 @@ impl Drop for Storing {
     }
 }
 
-impl Writing {
-    fn wait(self) -> Result<Swapped, StoreFailed> {
+impl Saving {
+    pub(crate) fn id(&self) -> &Id {
+        self.0.as_ref().expect("it is waited for once").id()
+    }
+
+    /// Whether [`Saving::wait`] would return at once.
+    pub fn is_done(&self) -> bool {
+        self.0.as_ref().is_none_or(Writing::is_done)
+    }
+
+    /// Waits until what is in memory is on storage, too.
+    ///
+    /// # Errors
+    /// As [`Storing::wait`].
+    pub fn wait(mut self) -> Result<Resident, StoreFailed> {
+        let writing = self.0.take().expect("it is waited for once");
+        writing.wait().map(|(id, block)| Resident { id, block })
+    }
+}
+
+impl Drop for Saving {
+    fn drop(&mut self) {
+        if let Some(writing) = self.0.take() {
+            drop(writing.wait());
+        }
+    }
+}
+
+impl<T> Writing<T> {
+    fn id(&self) -> &Id {
+        match self {
+            Self::Begun { id, .. } => id,
+            Self::Refused { tensor, .. } => &tensor.id,
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        match self {
+            Self::Begun { ticket, .. } => ticket.is_done(),
+            Self::Refused { .. } => true,
+        }
+    }
+
+    fn wait(self) -> Result<(Id, T), StoreFailed> {
         let (id, ticket, checksum) = match self {
             Self::Begun { id, ticket, checksum } => (id, ticket, checksum),
             Self::Refused { tensor, error } => return Err(StoreFailed { error, tensor: Some(tensor) }),
         };
         match ticket.wait() {
-            Ok(()) => {
+            Ok(back) => {
                 id.store.end_write(id.key, checksum);
-                Ok(Swapped(id))
+                Ok((id, back))
             }
             Err(failed) => {
                 // Without its memory the write may still be going on: its extent stays taken.

@@ -2,16 +2,15 @@
 //!
 //! Each tile is a tensor of its own, with its own extent and checksum, so the optimizer can change one tile at a
 //! time; the model sees the row as one piece of memory. The block is split at the tiles' borders on the way to the
-//! engine and joined on the way back; no byte is copied.
-
-use std::mem;
+//! engine and joined on the way back; no byte is copied, but for tiles that stay in memory.
 
 use overspill_io::{BLOCK_ALIGNMENT, Block};
 
 use crate::error::StoreError;
 use crate::ledger::Worth;
+use crate::slot::{Coming, Kept, Slot};
 use crate::store::Store;
-use crate::tensor::{Dirty, Loading, Storing, Swapped, Vacant};
+use crate::tensor::{Dirty, Loading};
 
 /// Reserves a tensor of `bytes` bytes as tiles of `tile_bytes` (the last may be shorter).
 ///
@@ -26,9 +25,9 @@ pub fn reserve(
     bytes: usize,
     tile_bytes: usize,
     worth: Worth,
-) -> Result<Vec<Vacant>, StoreError> {
+) -> Result<Vec<Slot>, StoreError> {
     let tiles = named_tiles(name, bytes, tile_bytes);
-    tiles.map(|(name, length)| store.reserve(name, length, worth)).collect()
+    tiles.map(|(name, length)| store.reserve(name, length, worth).map(Slot::Vacant)).collect()
 }
 
 /// Takes up the tiles that [`reserve`] made and that were committed since.
@@ -38,8 +37,9 @@ pub fn reserve(
 ///
 /// # Panics
 /// As [`reserve`].
-pub fn adopt(store: &Store, name: &str, bytes: usize, tile_bytes: usize) -> Result<Vec<Swapped>, StoreError> {
-    named_tiles(name, bytes, tile_bytes).map(|(name, length)| store.adopt(&name, length)).collect()
+pub fn adopt(store: &Store, name: &str, bytes: usize, tile_bytes: usize) -> Result<Vec<Slot>, StoreError> {
+    let tiles = named_tiles(name, bytes, tile_bytes);
+    tiles.map(|(name, length)| store.adopt(&name, length).map(Slot::Swapped)).collect()
 }
 
 fn named_tiles(name: &str, bytes: usize, tile_bytes: usize) -> impl Iterator<Item = (String, usize)> {
@@ -57,37 +57,91 @@ pub fn tile_lengths(bytes: usize, tile_bytes: usize) -> impl Iterator<Item = usi
     (0..bytes).step_by(tile_bytes).map(move |start| tile_bytes.min(bytes - start))
 }
 
+/// Whether reading the tiles could start without waiting for a write.
+pub fn are_at_rest(tiles: &[Slot]) -> bool {
+    tiles.iter().all(Slot::is_at_rest)
+}
+
 /// Tiles on their way into one block.
 #[derive(Debug)]
 #[must_use = "a load that nobody waits for was for nothing"]
-pub struct LoadingTiles(Vec<Loading>);
+pub struct LoadingTiles(Vec<Tile>);
 
-/// Tiles on their way to storage, from one block.
+/// A tile, and the part of the block that is its own.
 #[derive(Debug)]
-#[must_use = "whether the tiles were stored is known only after waiting"]
-pub struct StoringTiles(Vec<Storing>);
+enum Tile {
+    Loading(Loading),
+    /// Copied from where it stays.
+    Copied(Kept, Block),
+}
 
 impl LoadingTiles {
     /// Starts reading all tiles into `block`, whose length is the sum of theirs.
     ///
     /// # Errors
-    /// [`StoreError::WrongLength`], naming the first tile that does not fit; nothing was started.
-    pub fn start(tiles: Vec<Swapped>, block: Block) -> Result<Self, StoreError> {
-        let pairs = split(tiles, block)?;
-        let loading: Result<_, _> = pairs.into_iter().map(|(tile, part)| tile.load(part)).collect();
-        loading.map(Self).map_err(|refused| refused.error)
+    /// [`StoreError::WrongLength`], naming the first tile that does not fit; nothing was started. What a write that is
+    /// still under way failed with.
+    pub fn start(tiles: Vec<Slot>, block: Block) -> Result<Self, StoreError> {
+        let begin = |(slot, mut part): (Slot, Block)| match slot {
+            Slot::Kept(tensor) => {
+                part.copy_from_slice(tensor.bytes());
+                Ok(Tile::Copied(tensor, part))
+            }
+            // What was prefetched has a block of its own.
+            slot => match slot.settle()?.begin(Some(part))? {
+                Coming::Loading(loading) => Ok(Tile::Loading(loading)),
+                Coming::New(tensor) | Coming::Kept(Kept::Dirty(tensor)) => Err(tensor.unfinished()),
+                Coming::Kept(Kept::Clean(tensor)) => Err(tensor.edit().unfinished()),
+            },
+        };
+        let begun: Vec<_> = split(tiles, block)?.into_iter().map(begin).collect();
+        begun.into_iter().collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Waits for every tile; each stays in its part of the block.
+    ///
+    /// # Errors
+    /// As [`LoadingTiles::wait`].
+    pub fn stay(self) -> Result<Vec<Slot>, StoreError> {
+        let stay = |tile| match tile {
+            Tile::Loading(tensor) => {
+                let tensor = tensor.wait().map_err(|failed| failed.error)?;
+                Ok(Slot::Kept(Kept::Clean(tensor)))
+            }
+            Tile::Copied(tensor, _) => Ok(Slot::Kept(tensor)),
+        };
+        let results: Vec<_> = self.0.into_iter().map(stay).collect();
+        results.into_iter().collect()
     }
 
     /// Waits for every tile; the block is one piece again.
     ///
     /// # Errors
     /// The first tile's error, after all others have come to rest.
-    pub fn wait(self) -> Result<(Vec<Swapped>, Block), StoreError> {
-        let results = Loading::wait_all(self.0);
-        let mut tiles = Vec::with_capacity(results.len());
+    pub fn wait(self) -> Result<(Vec<Slot>, Block), StoreError> {
+        let mut loading = Vec::with_capacity(self.0.len());
+        let mut copied = Vec::with_capacity(self.0.len());
+        for tile in self.0 {
+            match tile {
+                Tile::Loading(tensor) => {
+                    loading.push(tensor);
+                    copied.push(None);
+                }
+                Tile::Copied(tensor, part) => copied.push(Some((Slot::Kept(tensor), part))),
+            }
+        }
+        let mut loaded = Loading::wait_all(loading).into_iter();
+        let mut tiles = Vec::with_capacity(copied.len());
         let mut whole: Option<Block> = None;
-        for result in results {
-            let (tile, part) = result.map_err(|failed| failed.error)?.take();
+        for copied in copied {
+            let (tile, part) = match copied {
+                Some(copied) => copied,
+                None => {
+                    let loaded = loaded.next().expect("one of the tiles that were loaded");
+                    let (tensor, part) = loaded.map_err(|failed| failed.error)?.take();
+                    (Slot::Swapped(tensor), part)
+                }
+            };
             tiles.push(tile);
             whole = Some(match whole {
                 None => part,
@@ -98,81 +152,71 @@ impl LoadingTiles {
     }
 }
 
-impl StoringTiles {
-    /// Starts writing the contents of `block` over all tiles.
-    ///
-    /// # Errors
-    /// [`StoreError::WrongLength`], naming the first tile that does not fit; nothing was started.
-    pub fn overwrite(tiles: Vec<Swapped>, block: Block) -> Result<Self, StoreError> {
-        let pairs = split(tiles, block)?;
-        let dirty: Result<Vec<_>, _> = pairs.into_iter().map(|(tile, part)| tile.overwrite(part)).collect();
-        Ok(Self(Dirty::store_all(dirty.map_err(|refused| refused.error)?)))
+/// Starts writing the contents of `block` to all tiles; those that stay in memory take a copy.
+///
+/// # Errors
+/// [`StoreError::WrongLength`], naming the first tile that does not fit; nothing was started. What a write that is still
+/// under way failed with.
+pub fn store(tiles: Vec<Slot>, block: Block) -> Result<Vec<Slot>, StoreError> {
+    let replace = |(slot, part): (Slot, Block)| -> Result<Result<Dirty, Slot>, StoreError> {
+        match slot.settle()? {
+            Slot::Vacant(tensor) => tensor.fill(part).map(Ok).map_err(|refused| refused.error),
+            Slot::Swapped(tensor) => tensor.overwrite(part).map(Ok).map_err(|refused| refused.error),
+            Slot::Kept(tensor) => {
+                let mut tensor = tensor.edit();
+                tensor.bytes_mut().copy_from_slice(&part);
+                Ok(Err(Slot::Kept(Kept::Dirty(tensor))))
+            }
+            Slot::Loading(_) | Slot::Storing(_) | Slot::Saving(_) => unreachable!("it was settled"),
+        }
+    };
+    let replaced: Vec<_> = split(tiles, block)?.into_iter().map(replace).collect();
+    let replaced = replaced.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let mut kept = Vec::with_capacity(replaced.len());
+    let mut moving = Vec::with_capacity(replaced.len());
+    for tile in replaced {
+        match tile {
+            Ok(tensor) => {
+                moving.push(tensor);
+                kept.push(None);
+            }
+            Err(slot) => kept.push(Some(slot)),
+        }
     }
-
-    /// Starts writing the first contents of all tiles.
-    ///
-    /// # Errors
-    /// [`StoreError::WrongLength`], naming the first tile that does not fit; nothing was started.
-    pub fn fill(tiles: Vec<Vacant>, block: Block) -> Result<Self, StoreError> {
-        let pairs = split(tiles, block)?;
-        let dirty: Result<Vec<_>, _> = pairs.into_iter().map(|(tile, part)| tile.fill(part)).collect();
-        Ok(Self(Dirty::store_all(dirty.map_err(|refused| refused.error)?)))
-    }
-
-    /// Whether [`StoringTiles::wait`] would return at once.
-    pub fn is_done(&self) -> bool {
-        self.0.iter().all(Storing::is_done)
-    }
-
-    /// Waits until every tile is on storage.
-    ///
-    /// # Errors
-    /// The first tile's error, after all others have come to rest.
-    pub fn wait(self) -> Result<Vec<Swapped>, StoreError> {
-        let results: Vec<_> = self.0.into_iter().map(Storing::wait).collect();
-        results.into_iter().map(|result| result.map_err(|failed| failed.error)).collect()
-    }
+    let mut storing = Dirty::store_all(moving).into_iter().map(Slot::Storing);
+    Ok(kept.into_iter().filter_map(|kept| kept.or_else(|| storing.next())).collect())
 }
 
-/// A tensor that a part of the block is for.
-trait Tile: Sized {
-    fn length(&self) -> usize;
-    fn wrong_length(&self, found: usize) -> StoreError;
-}
-
-impl Tile for Vacant {
-    fn length(&self) -> usize {
-        self.bytes()
-    }
-
-    fn wrong_length(&self, found: usize) -> StoreError {
-        Vacant::wrong_length(self, found)
-    }
-}
-
-impl Tile for Swapped {
-    fn length(&self) -> usize {
-        self.bytes()
-    }
-
-    fn wrong_length(&self, found: usize) -> StoreError {
-        Swapped::wrong_length(self, found)
-    }
+/// Gives tiles the contents of `block`, and keeps them in its parts.
+///
+/// # Errors
+/// As [`store`].
+pub fn keep(tiles: Vec<Slot>, block: Block) -> Result<Vec<Slot>, StoreError> {
+    let keep = |(slot, part): (Slot, Block)| {
+        let tensor = match slot.settle()? {
+            Slot::Vacant(tensor) => tensor.fill(part).map_err(|refused| refused.error)?,
+            Slot::Swapped(tensor) => tensor.overwrite(part).map_err(|refused| refused.error)?,
+            slot => return Ok(slot),
+        };
+        Ok(Slot::Kept(Kept::Dirty(tensor)))
+    };
+    let kept: Vec<_> = split(tiles, block)?.into_iter().map(keep).collect();
+    kept.into_iter().collect()
 }
 
 /// Cuts the block at the tiles' borders, each part as long as its tile; the last tile takes what is left.
-fn split<T: Tile>(tiles: Vec<T>, mut block: Block) -> Result<Vec<(T, Block)>, StoreError> {
+fn split(tiles: Vec<Slot>, mut block: Block) -> Result<Vec<(Slot, Block)>, StoreError> {
     let mut left = block.len();
     for (i, tile) in tiles.iter().enumerate() {
         let is_last = i + 1 == tiles.len();
-        if tile.length() > left || (is_last && tile.length() < left) {
+        if tile.bytes() > left || (is_last && tile.bytes() < left) {
             return Err(tile.wrong_length(left));
         }
-        left -= tile.length();
+        left -= tile.bytes();
     }
-    let cut = |tile: T| {
-        let rest = block.split_off(tile.length());
-        (tile, mem::replace(&mut block, rest))
+    let cut = |tile: Slot| {
+        let rest = block.split_off(tile.bytes());
+        (tile, std::mem::replace(&mut block, rest))
     };
     Ok(tiles.into_iter().map(cut).collect())
 }

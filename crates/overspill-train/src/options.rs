@@ -65,6 +65,8 @@ pub struct StorageChoice {
     pub backend: BackendChoice,
     /// Depth of the pipeline; as the memory allows if `None`.
     pub depth: Option<usize>,
+    /// The most of the state that may stay in memory for good, in bytes; as much as fits if `None`.
+    pub resident_bytes_max: Option<usize>,
 }
 
 /// Everything that a user may say about a run.

@@ -76,6 +76,8 @@ pub struct Summary {
     pub degraded_reason: Option<String>,
     /// Depth of the pipeline.
     pub depth: usize,
+    /// Bytes of the state that stayed in memory for good; `None` when all of it was there.
+    pub resident_bytes: Option<u64>,
     /// Bytes of one tile of one array.
     pub tile_bytes: usize,
     /// The directories that the state was spread over; empty when it was in memory.

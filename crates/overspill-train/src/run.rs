@@ -157,7 +157,10 @@ impl Prepared {
             Residence::Memory => (Fixed::depth(Some(0)), usize::MAX),
             Residence::Storage(storage) => {
                 let tile_bytes = volumes.and_then(Volumes::committed).and_then(Identity::tile_bytes);
-                (Fixed { depth: storage.depth, tile_bytes }, options.memory)
+                {
+                    let resident_bytes_max = storage.resident_bytes_max;
+                    (Fixed { depth: storage.depth, tile_bytes, resident_bytes_max }, options.memory)
+                }
             }
         };
         let engines_bytes = volumes.map_or(0, Volumes::memory_bytes);
@@ -332,7 +335,7 @@ impl Prepared {
     ) {
         let steps = options.schedule.steps;
         let steps_finished = committed.and_then(|meta| meta["step"].as_u64()).unwrap_or(0);
-        let forecast = self.forecast();
+        let forecast = self.forecast(options);
         let bytes_to_write = match committed {
             Some(_) => forecast.steps(steps.saturating_sub(steps_finished)),
             None => forecast.run(steps),
@@ -359,8 +362,12 @@ impl Prepared {
         }
     }
 
-    fn forecast(&self) -> Forecast {
-        Forecast::new(&self.config, &self.layout, &self.plan)
+    fn forecast(&self, options: &RunOptions) -> Forecast {
+        let durability = match &options.residence {
+            Residence::Memory => Durability::None,
+            Residence::Storage(storage) => storage.durability,
+        };
+        Forecast::new(&self.config, &self.layout, &self.plan, durability)
     }
 
     #[expect(clippy::too_many_arguments, reason = "all that was made for the run, to be used up")]
@@ -376,7 +383,7 @@ impl Prepared {
         observer: &mut dyn Observer,
     ) -> Result<Summary, TrainError> {
         let state_bytes = self.state_bytes();
-        let planned = budget(options).map_or(0, |_| self.forecast().step_bytes);
+        let planned = budget(options).map_or(0, |_| self.forecast(options).step_bytes);
         let settings = Settings {
             shape: options.shape,
             schedule: options.schedule,
@@ -407,6 +414,7 @@ impl Prepared {
                     warn(io.bytes_written, elapsed, observer);
                 }
             }
+            trainer.home().settle()?;
             let io_after = trainer.home().io().unwrap_or_default();
             warn(io_after.since(&io_before).bytes_written, ledger.so_far().1, observer);
             // Before the export, which may fail: what was trained is worth keeping.
@@ -445,6 +453,7 @@ impl Prepared {
             backend: transport.name.clone(),
             degraded_reason: transport.degraded.clone(),
             depth: self.plan.depth(),
+            resident_bytes: budget(options).map(|_| self.plan.resident_bytes() as u64),
             tile_bytes: self.plan.tile_bytes(),
             volumes: transport.volumes.clone(),
             first_step: course.finished.saturating_add(1),

@@ -260,7 +260,15 @@ mod tests {
     fn storage(directories: &[&Path]) -> StorageChoice {
         let directories = directories.iter().map(|&path| path.to_owned()).collect();
         let (durability, backend) = (Durability::None, BackendChoice::Threads);
-        StorageChoice { directories, keep: false, resume: false, durability, backend, depth: None }
+        StorageChoice {
+            directories,
+            keep: false,
+            resume: false,
+            durability,
+            backend,
+            depth: None,
+            resident_bytes_max: None,
+        }
     }
 
     fn pool() -> Pool {

@@ -13,6 +13,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use overspill_swap::Durability;
+
 use crate::config::ModelConfig;
 use crate::layout::{ModelLayout, Unit};
 use crate::plan::MemoryPlan;
@@ -114,12 +116,27 @@ pub struct Forecast {
 
 impl Forecast {
     /// What follows from the model and the plan.
-    pub fn new(config: &ModelConfig, layout: &ModelLayout, plan: &MemoryPlan) -> Self {
-        let units: u64 = layout.units().iter().map(|unit| unit.padded_bytes() as u64).sum();
-        // A tied head puts its share of the embedding's gradient away, and the embedding adds its own.
-        let twice = if config.tied { layout.unit(Unit::Embedding).padded_bytes() as u64 } else { 0 };
-        let inputs = plan.saved_inputs() as u64 * plan.input_bytes() as u64;
-        Self { initial_bytes: 3 * units, step_bytes: 4 * units + twice + inputs }
+    pub fn new(
+        config: &ModelConfig,
+        layout: &ModelLayout,
+        plan: &MemoryPlan,
+        durability: Durability,
+    ) -> Self {
+        let keeping = plan.keeping();
+        let (mut state, mut scratch) = (0, 0);
+        for (index, unit) in layout.units().iter().enumerate() {
+            let bytes = unit.padded_bytes() as u64;
+            // What stays in memory is written when it is committed, or never.
+            let is_written = |kept: bool| u64::from(!kept || durability == Durability::Step);
+            state +=
+                bytes * is_written(keeping.weights[index]) + 2 * bytes * is_written(keeping.moments[index]);
+            // A tied head puts its share of the embedding's gradient away, and the embedding adds its own.
+            let times = if config.tied && unit.unit == Unit::Embedding { 2 } else { 1 };
+            scratch += times * bytes * u64::from(!keeping.gradients[index]);
+        }
+        let inputs = keeping.inputs.iter().filter(|&&kept| !kept).count() as u64;
+        scratch += inputs * plan.input_bytes() as u64;
+        Self { initial_bytes: state, step_bytes: state + scratch }
     }
 
     /// Bytes of so many steps of a state that is there already.

@@ -111,7 +111,7 @@ fn bookkeeping(layers: usize) -> (usize, usize) {
     let config = ModelConfig { layers, ..config(512, (8, 4, 64), 1408, 257) };
     let layout = ModelLayout::new(&config);
     let shape = StepShape { batch: BatchShape { batch: 1, seq: 16 }, accumulate: 1 };
-    let fixed = Fixed { depth: Some(2), tile_bytes: Some(64 << 10) };
+    let fixed = Fixed { depth: Some(2), tile_bytes: Some(64 << 10), resident_bytes_max: Some(0) };
     let plan = MemoryPlan::new(&config, &layout, shape, fixed, 0, usize::MAX).unwrap();
     let pool = Pool::new(&plan.classes()).unwrap();
     let engines = vec![Engine::start(EngineConfig::default(), &pool).unwrap()];

@@ -8,5 +8,6 @@ pub(crate) mod cells;
 mod fio;
 pub(crate) mod io;
 pub(crate) mod pairs;
+pub(crate) mod step;
 pub(crate) mod store;
 pub(crate) mod turns;

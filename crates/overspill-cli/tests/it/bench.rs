@@ -45,6 +45,12 @@ fn bench_adam_compares_the_update_with_a_triad() {
         assert!(numbers[name].as_f64().unwrap() > 0.0, "{name}");
     }
     assert_eq!(numbers["pairs"], 2);
+    assert_eq!(names(&numbers), ["fp32", "bf16_with_remainder"]);
+    for cell in numbers["cells"].as_array().unwrap() {
+        for name in ["bytes_per_parameter", "gbps", "triad_gbps", "ratio_to_triad"] {
+            assert!(cell[name].as_f64().unwrap() > 0.0, "{name}");
+        }
+    }
 }
 
 #[test]
@@ -191,4 +197,27 @@ fn bench_turns_answers_line_by_line_and_finds_what_another_program_changed() {
     assert!(answers.next().is_none());
     Ended::of(&child.wait_with_output().unwrap()).refused(&[".1 is not what was written"]);
     assert!(place.names().is_empty(), "{:?}", place.names());
+}
+
+#[test]
+fn bench_step_moves_twenty_bytes_and_leaves_nothing_behind() {
+    let _alone = huge_pages();
+    let place = Place::new();
+    // Two tiles of ten bytes for each of 16 parameters, whose ends are padded to disk blocks.
+    let arguments =
+        ["bench", "step", "--parameters", "6500000", "--tile", "2MiB", "--pairs", "2", "--json", "n.json"];
+    let ended = place.run(&arguments);
+    if ended.status != Some(0) {
+        assert!(ended.stderr.contains("apt-get install fio"), "{}", ended.stderr);
+        assert!(place.names().is_empty(), "{:?}", place.names());
+        return;
+    }
+    let numbers = read_json(&place.path("n.json"));
+    let number = |name: &str| numbers[name].as_f64().unwrap();
+    for name in ["step_seconds", "bound_seconds", "step_over_bound"] {
+        assert!(number(name) > 0.0, "{name}");
+    }
+    assert_eq!(number("resident_bytes"), 0.0);
+    assert!((number("bytes_per_parameter_step") / 20.0 - 1.0).abs() < 0.01, "{numbers}");
+    assert_eq!(place.names(), ["n.json"]);
 }

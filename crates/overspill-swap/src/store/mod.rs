@@ -177,6 +177,26 @@ impl Store {
         Ok(Swapped::new(self.clone(), key))
     }
 
+    /// A handle of a tensor whose contents, if it has any, count no more; it is taken up if there is none of this name.
+    ///
+    /// # Errors
+    /// As [`Store::reserve`] and [`Store::adopt`].
+    pub fn vacant(&self, name: &str, bytes: usize, worth: Worth) -> Result<Vacant, StoreError> {
+        let mut state = self.state();
+        let Some(key) = state.ledger.find(name) else {
+            drop(state);
+            return self.reserve(name, bytes, worth);
+        };
+        let found = state.ledger.bytes(key);
+        if found != bytes {
+            return Err(StoreError::WrongLength { tensor: name.to_owned(), expected: found, found: bytes });
+        }
+        if !state.claimed.insert(key) {
+            return Err(StoreError::InUse { tensor: name.to_owned() });
+        }
+        Ok(Vacant::new(self.clone(), key))
+    }
+
     /// Makes the state that is on storage the next generation, durably and all at once; `meta` goes with it. Then
     /// snapshots that other processes wish for are made ([`Store::ask_for_snapshot`]), and those that they deleted are
     /// let go of.
@@ -276,6 +296,11 @@ impl Store {
     /// Names of the snapshots.
     pub fn snapshots(&self) -> Vec<String> {
         self.state().ledger.pins().map(str::to_owned).collect()
+    }
+
+    /// What a crash may cost.
+    pub fn durability(&self) -> Durability {
+        self.state().ledger.durability()
     }
 
     /// Number of the committed generation; 0 before the first commit.

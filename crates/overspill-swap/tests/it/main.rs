@@ -9,6 +9,7 @@ mod full;
 mod generations;
 mod killed;
 mod leftovers;
+mod optimizer;
 mod pipeline;
 mod power;
 mod rig;

@@ -1,5 +1,5 @@
-use overspill_swap::tiles::{self, LoadingTiles, StoringTiles};
-use overspill_swap::{StoreError, Worth};
+use overspill_swap::tiles::{self, LoadingTiles};
+use overspill_swap::{Kept, Slot, StoreError, Worth};
 use proptest::prelude::*;
 
 use crate::rig::{BACKENDS, BLOCK, Rig};
@@ -13,7 +13,7 @@ fn a_row_of_tiles_is_one_piece_of_memory_again() {
         let mut block = rig.pool.lease(BLOCK).unwrap();
         let pattern: Vec<u8> = (0..BLOCK).map(|i| (i / 4096 * 31 + i) as u8).collect();
         block.copy_from_slice(&pattern);
-        let stored = StoringTiles::fill(vacant, block).unwrap().wait().unwrap();
+        let stored = tiles::store(vacant, block).unwrap();
         let (stored, block) =
             LoadingTiles::start(stored, rig.pool.lease(BLOCK).unwrap()).unwrap().wait().unwrap();
         assert_eq!(block.as_ref(), pattern);
@@ -27,10 +27,25 @@ fn a_row_of_tiles_is_one_piece_of_memory_again() {
 }
 
 #[test]
+fn tiles_that_stay_in_memory_are_copied_in_and_out() {
+    let rig = Rig::new(BACKENDS[0], 2, 1);
+    let mut tiles = tiles::reserve(&rig.store, "row", BLOCK, BLOCK / 2, Worth::State).unwrap();
+    let Slot::Vacant(second) = tiles.pop().unwrap() else { panic!("nothing was stored yet") };
+    let mut zeros = rig.pool.lease(BLOCK / 2).unwrap();
+    zeros.fill(0);
+    tiles.push(Slot::Kept(Kept::Dirty(second.fill(zeros).unwrap())));
+    let tiles = tiles::store(tiles, rig.block(7)).unwrap();
+    let (tiles, block) = LoadingTiles::start(tiles, rig.pool.lease(BLOCK).unwrap()).unwrap().wait().unwrap();
+    assert!(block.iter().all(|&byte| byte == 7));
+    assert!(matches!(&tiles[..], [Slot::Swapped(_), Slot::Kept(Kept::Dirty(_))]));
+    assert_eq!(rig.engine.stats().bytes_written as usize, BLOCK / 2);
+}
+
+#[test]
 fn a_block_that_is_too_short_is_refused() {
     let rig = Rig::new(BACKENDS[0], 1, 2);
     let vacant = tiles::reserve(&rig.store, "row", BLOCK + 4096, 32 << 10, Worth::State).unwrap();
-    let error = StoringTiles::fill(vacant, rig.pool.lease(BLOCK).unwrap()).unwrap_err();
+    let error = tiles::store(vacant, rig.pool.lease(BLOCK).unwrap()).unwrap_err();
     assert!(matches!(error, StoreError::WrongLength { tensor, .. } if tensor == "row/2"));
 }
 

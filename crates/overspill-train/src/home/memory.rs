@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::buffer::Buffer;
-use super::swapped::IoReport;
+use super::io::IoReport;
 use super::{GradientStart, Home, Left, SavedInput, Source, Update, Visit};
 use crate::error::{TrainError, check_stop};
 use crate::layout::{ModelLayout, Unit};
@@ -112,6 +112,10 @@ impl Home for MemoryHome {
                 &mut state.exp_avg_sq,
             );
         }
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<(), TrainError> {
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 //! arithmetic on the same numbers, so both give the same bits; the memory form is the reference for the other.
 
 mod buffer;
+mod io;
 mod memory;
 mod place;
 mod swapped;
@@ -17,9 +18,10 @@ use overspill_optim::{AdamWConfig, AdamWStep, Isa};
 
 pub use self::buffer::Buffer;
 pub(crate) use self::buffer::{floats, floats_mut};
+pub use self::io::IoReport;
 pub use self::memory::MemoryHome;
 pub(crate) use self::place::{Array, halves, moments_name, weights_name};
-pub use self::swapped::{IoReport, Site, SwappedHome};
+pub use self::swapped::{Site, SwappedHome};
 use crate::error::TrainError;
 use crate::layout::{Unit, UnitLayout};
 
@@ -101,11 +103,18 @@ pub trait Home {
     /// [`TrainError`] when it can't be loaded or is damaged.
     fn saved_input(&mut self, which: SavedInput) -> Result<Bytes, TrainError>;
 
-    /// Updates all weights from the gradients that were put away.
+    /// Updates all weights from the gradients that were put away. The last writes may still be under way afterwards,
+    /// behind the next forward pass.
     ///
     /// # Errors
     /// [`TrainError::Interrupted`] between two tiles, or what a transfer failed with.
     fn update(&mut self, update: &Update<'_>) -> Result<(), TrainError>;
+
+    /// Waits for what the last update left under way.
+    ///
+    /// # Errors
+    /// [`TrainError`] of a write that failed; there is no state to go on from then.
+    fn settle(&mut self) -> Result<(), TrainError>;
 
     /// Makes the state after `step` the one that a later run finds.
     ///

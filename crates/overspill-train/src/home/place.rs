@@ -1,10 +1,7 @@
 //! The long tensors of a swapped home: what they are called, how they are cut, and where one is at the moment.
 
-use std::mem;
-
-use overspill_io::Block;
-use overspill_swap::tiles::{self, StoringTiles};
-use overspill_swap::{Store, StoreError, Swapped, Vacant, Worth};
+use overspill_swap::tiles;
+use overspill_swap::{Slot, Store, StoreError, Worth};
 
 use crate::layout::{Unit, UnitLayout};
 
@@ -32,12 +29,12 @@ impl Array {
     }
 
     /// Makes room for it.
-    pub(crate) fn reserve(&self, store: &Store, worth: Worth) -> Result<Vec<Vacant>, StoreError> {
+    pub(crate) fn reserve(&self, store: &Store, worth: Worth) -> Result<Vec<Slot>, StoreError> {
         tiles::reserve(store, &self.name, self.bytes, self.tile_bytes, worth)
     }
 
     /// Takes up what was committed.
-    pub(crate) fn adopt(&self, store: &Store) -> Result<Vec<Swapped>, StoreError> {
+    pub(crate) fn adopt(&self, store: &Store) -> Result<Vec<Slot>, StoreError> {
         tiles::adopt(store, &self.name, self.bytes, self.tile_bytes)
     }
 }
@@ -58,48 +55,21 @@ pub(crate) fn halves(moments: &mut [f32]) -> (&mut [f32], &mut [f32]) {
     moments.split_at_mut(middle)
 }
 
-/// Where a tensor that is written once and read once per step is.
+/// Where a tensor that is written once and read once per step is put.
 #[derive(Debug)]
-pub(super) enum Place {
-    Vacant(Vec<Vacant>),
-    Storing(StoringTiles),
-    Swapped(Vec<Swapped>),
-    /// Being moved from one of the others to another.
-    Moving,
+pub(super) enum Place<M> {
+    /// On storage, or on its way; empty while it is being moved.
+    Tiles(Vec<Slot>),
+    /// In ordinary memory.
+    Memory(M),
 }
 
-impl Place {
-    pub(super) fn take(&mut self) -> Self {
-        mem::replace(self, Self::Moving)
-    }
-
-    /// The tiles on storage, after waiting for the write that may be under way.
-    pub(super) fn settle(&mut self) -> Result<Vec<Swapped>, StoreError> {
-        match self.take() {
-            Self::Storing(tiles) => tiles.wait(),
-            Self::Swapped(tiles) => Ok(tiles),
-            Self::Vacant(_) | Self::Moving => unreachable!("a tensor is put away before it is asked for"),
-        }
-    }
-
-    /// Starts writing new contents.
-    pub(super) fn put(&mut self, block: Block) -> Result<(), StoreError> {
-        let storing = match self.take() {
-            Self::Vacant(tiles) => StoringTiles::fill(tiles, block)?,
-            Self::Swapped(tiles) => StoringTiles::overwrite(tiles, block)?,
-            Self::Storing(tiles) => StoringTiles::overwrite(tiles.wait()?, block)?,
-            Self::Moving => unreachable!("a tensor that is being moved is not put away"),
-        };
-        *self = Self::Storing(storing);
-        Ok(())
-    }
-
-    /// Whether reading could start without waiting for a write.
-    pub(super) fn is_settled(&self) -> bool {
-        match self {
-            Self::Swapped(_) => true,
-            Self::Storing(tiles) => tiles.is_done(),
-            Self::Vacant(_) | Self::Moving => false,
-        }
+impl<M: Default> Place<M> {
+    /// In memory if it is to stay there, on storage otherwise.
+    pub(super) fn new(
+        stays: bool,
+        reserve: impl FnOnce() -> Result<Vec<Slot>, StoreError>,
+    ) -> Result<Self, StoreError> {
+        if stays { Ok(Self::Memory(M::default())) } else { reserve().map(Self::Tiles) }
     }
 }

@@ -6,20 +6,24 @@
 //! returns to the pool when the model's last tensor over it is dropped. The update runs tile by tile through the
 //! pipeline.
 //!
-//! What will be asked for is known for a whole step, so the next unit loads while this one computes.
+//! What will be asked for is known for a whole step, so the next unit loads while this one computes, the update's first
+//! tiles come in during the end of the backward pass, and its last ones go out during the next forward pass.
+//!
+//! What the plan [keeps](crate::plan::Keeping) stays in memory: weights and optimizer state as tiles that are written only
+//! when they are committed, gradients and saved inputs as ordinary arrays that are never written.
 
 use std::collections::VecDeque;
 use std::mem;
 use std::path::Path;
-use std::time::Duration;
 
 use bytes::Bytes;
 use overspill_io::{Block, EngineStats, Pool, PoolError};
-use overspill_swap::pipeline::{self, Item, Lanes};
-use overspill_swap::tiles::{LoadingTiles, StoringTiles};
-use overspill_swap::{Durability, Store, StoreError, Swapped, Volume, Worth};
+use overspill_swap::pipeline::{self, Item, Limits};
+use overspill_swap::tiles::{self, LoadingTiles};
+use overspill_swap::{Durability, Slot, Store, StoreError, Volume, Worth};
 
 use super::buffer::{Buffer, floats, floats_mut};
+use super::io::IoReport;
 use super::place::{Array, Place, halves};
 use super::{GradientStart, Home, Left, SavedInput, Source, Update, Visit};
 use crate::error::{TrainError, check_stop};
@@ -34,7 +38,7 @@ pub struct SwappedHome {
     plan: MemoryPlan,
     identity: Identity,
     units: Vec<UnitState>,
-    inputs: Vec<Place>,
+    inputs: Vec<Place<Bytes>>,
     /// What the trainer will ask for, nearest first.
     upcoming: VecDeque<Visit>,
     /// What is being fetched ahead: the first of `upcoming`, in the same order.
@@ -54,35 +58,11 @@ pub struct Site<'a> {
     pub identity: &'a Identity,
 }
 
-/// Totals of a home's transfers since it was made.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct IoReport {
-    /// Bytes read from storage.
-    pub bytes_read: u64,
-    /// Bytes written to storage.
-    pub bytes_written: u64,
-    /// Bytes written for the state since it was made, in all runs together.
-    pub bytes_written_lifetime: u64,
-    /// Time during which at least one transfer was under way.
-    pub busy: Duration,
-    /// Time during which at least one read was under way.
-    pub read_busy: Duration,
-    /// Time during which at least one write was under way.
-    pub write_busy: Duration,
-    /// Time the trainer stood still for a transfer or for a block.
-    pub waited: Duration,
-}
-
-/// Room for a gradient, which no step finds from the one before.
-fn vacant_gradient(store: &Store, unit: &UnitLayout, plan: &MemoryPlan) -> Result<Place, StoreError> {
-    Array::gradient(unit, plan.tile_bytes()).reserve(store, Worth::Scratch).map(Place::Vacant)
-}
-
 #[derive(Debug)]
 struct UnitState {
-    weights: Vec<Swapped>,
-    gradient: Place,
-    moments: Vec<Swapped>,
+    weights: Vec<Slot>,
+    gradient: Place<Vec<f32>>,
+    moments: Vec<Slot>,
 }
 
 impl SwappedHome {
@@ -99,30 +79,38 @@ impl SwappedHome {
     ) -> Result<Self, TrainError> {
         let Site { volumes, durability, identity } = site;
         let store = Store::create_over(volumes, durability, plan.storage_bytes(layout, durability))?;
-        let mut units = Vec::with_capacity(layout.units().len());
-        for unit in layout.units() {
-            let weights = Array::weights(unit, plan.tile_bytes()).reserve(&store, Worth::State)?;
-            let moments = Array::moments(unit, plan.tile_bytes()).reserve(&store, Worth::State)?;
+        let mut home = Self::over(layout, plan, identity.clone(), pool, store)?;
+        for (index, unit) in layout.units().iter().enumerate() {
+            let weights = Array::weights(unit, plan.tile_bytes()).reserve(&home.store, Worth::State)?;
+            let moments = Array::moments(unit, plan.tile_bytes()).reserve(&home.store, Worth::State)?;
 
-            let mut block = lease_part(pool, plan.unit_block_bytes(layout, unit.unit), unit.padded_bytes())?;
+            let stays = plan.keeping().weights[index];
+            let block_bytes =
+                if stays { unit.padded_bytes() } else { plan.unit_block_bytes(layout, unit.unit) };
+            let mut block = lease_part(pool, block_bytes, unit.padded_bytes())?;
             let values = floats_mut(&mut block);
             values.fill(0.0);
             source(unit, values)?;
-            let weights = StoringTiles::fill(weights, block)?;
-            let mut zeros = Vec::with_capacity(moments.len());
-            for tile in moments {
-                let mut block = lease_part(pool, 2 * plan.tile_bytes(), tile.bytes())?;
+            let keep_or_store = if stays { tiles::keep } else { tiles::store };
+            let weights = keep_or_store(weights, block)?;
+
+            let moments = if plan.keeping().moments[index] {
+                let mut block = pool.lease(2 * unit.padded_bytes())?;
                 block.fill(0);
-                zeros.push(StoringTiles::fill(vec![tile], block)?);
-            }
-            let mut moments = Vec::with_capacity(zeros.len());
-            for zero in zeros {
-                moments.extend(zero.wait()?);
-            }
-            let gradient = vacant_gradient(&store, unit, plan)?;
-            units.push(UnitState { weights: weights.wait()?, gradient, moments });
+                tiles::keep(moments, block)?
+            } else {
+                let mut zeros = Vec::with_capacity(moments.len());
+                for tile in moments {
+                    let mut block = lease_part(pool, 2 * plan.tile_bytes(), tile.bytes())?;
+                    block.fill(0);
+                    zeros.extend(tiles::store(vec![tile], block)?);
+                }
+                settle(zeros)?
+            };
+            home.units[index].moments = moments;
+            home.units[index].weights = settle(weights)?;
         }
-        Self::over(layout, plan, identity.clone(), pool, store, units)
+        Ok(home)
     }
 
     /// Opens the state that an earlier run left, and says after which step it is.
@@ -139,27 +127,44 @@ impl SwappedHome {
         let store = Store::open_over(volumes, durability)?;
         let step = identity.check(store.path(), &store.meta())?;
         store.provide(plan.storage_bytes(layout, durability))?;
-        let mut units = Vec::with_capacity(layout.units().len());
-        for unit in layout.units() {
-            let weights = Array::weights(unit, plan.tile_bytes()).adopt(&store)?;
-            let moments = Array::moments(unit, plan.tile_bytes()).adopt(&store)?;
-            units.push(UnitState { weights, gradient: vacant_gradient(&store, unit, plan)?, moments });
+        let mut home = Self::over(layout, plan, identity.clone(), pool, store)?;
+        for (index, unit) in layout.units().iter().enumerate() {
+            let take_up = |array: Array, stays: bool| -> Result<Vec<Slot>, TrainError> {
+                let tiles = array.adopt(&home.store)?;
+                if !stays {
+                    return Ok(tiles);
+                }
+                Ok(LoadingTiles::start(tiles, pool.lease(array.bytes)?)?.stay()?)
+            };
+            let weights = take_up(Array::weights(unit, plan.tile_bytes()), plan.keeping().weights[index])?;
+            let moments = take_up(Array::moments(unit, plan.tile_bytes()), plan.keeping().moments[index])?;
+            home.units[index].weights = weights;
+            home.units[index].moments = moments;
         }
-        Ok((Self::over(layout, plan, identity.clone(), pool, store, units)?, step))
+        Ok((home, step))
     }
 
+    /// A home whose weights and moments are still to come.
     fn over(
         layout: &ModelLayout,
         plan: &MemoryPlan,
         identity: Identity,
         pool: &Pool,
         store: Store,
-        units: Vec<UnitState>,
     ) -> Result<Self, TrainError> {
-        let input = |i| store.reserve(format!("input/{i}"), plan.input_bytes(), Worth::Scratch);
-        let inputs = (0..plan.saved_inputs())
-            .map(|i| Ok(Place::Vacant(vec![input(i)?])))
-            .collect::<Result<_, StoreError>>()?;
+        let unit = |(unit, &stays): (&UnitLayout, &bool)| {
+            let reserve = || Array::gradient(unit, plan.tile_bytes()).reserve(&store, Worth::Scratch);
+            let gradient = Place::new(stays, reserve)?;
+            Ok(UnitState { weights: Vec::new(), gradient, moments: Vec::new() })
+        };
+        let units = layout.units().iter().zip(&plan.keeping().gradients).map(unit);
+        let units = units.collect::<Result<_, StoreError>>()?;
+        let input = |(i, &stays): (usize, &bool)| {
+            let (name, bytes) = (format!("input/{i}"), plan.input_bytes());
+            Place::new(stays, || Ok(vec![Slot::Vacant(store.reserve(name, bytes, Worth::Scratch)?)]))
+        };
+        let inputs = plan.keeping().inputs.iter().enumerate().map(input);
+        let inputs = inputs.collect::<Result<_, StoreError>>()?;
         Ok(Self {
             layout: layout.clone(),
             plan: plan.clone(),
@@ -190,8 +195,7 @@ impl SwappedHome {
 
     /// What was asked for next, from what was fetched ahead or now; then fetches further ahead.
     fn take(&mut self, visit: Visit) -> Result<Block, TrainError> {
-        let announced = self.upcoming.pop_front();
-        assert_eq!(announced, Some(visit), "the trainer visits what it announced, in that order");
+        self.arrive(visit);
         let loading = match self.ahead.pop_front() {
             Some((fetched, loading)) => {
                 assert_eq!(fetched, visit, "visits are fetched in their order");
@@ -199,7 +203,7 @@ impl SwappedHome {
             }
             None => {
                 let block = lease_part(&self.pool, self.block_bytes(visit), self.bytes(visit))?;
-                self.load(visit, block)?
+                LoadingTiles::start(self.tiles(visit), block)?
             }
         };
         let (tiles, block) = loading.wait()?;
@@ -208,10 +212,27 @@ impl SwappedHome {
         Ok(block)
     }
 
-    fn put_back(&mut self, visit: Visit, tiles: Vec<Swapped>) {
+    /// Looks at what was announced.
+    fn arrive(&mut self, visit: Visit) {
+        let announced = self.upcoming.pop_front();
+        assert_eq!(announced, Some(visit), "the trainer visits what it announced, in that order");
+    }
+
+    /// The tiles that a visit is for; they are put back after it.
+    fn tiles(&mut self, visit: Visit) -> Vec<Slot> {
+        match visit {
+            Visit::Weights(unit) => mem::take(&mut self.units[self.layout.index(unit)].weights),
+            Visit::Input(which) => match &mut self.inputs[self.plan.input_index(which)] {
+                Place::Tiles(tiles) => mem::take(tiles),
+                Place::Memory(_) => unreachable!("what stays in memory is not loaded"),
+            },
+        }
+    }
+
+    fn put_back(&mut self, visit: Visit, tiles: Vec<Slot>) {
         match visit {
             Visit::Weights(unit) => self.units[self.layout.index(unit)].weights = tiles,
-            Visit::Input(which) => self.inputs[self.plan.input_index(which)] = Place::Swapped(tiles),
+            Visit::Input(which) => self.inputs[self.plan.input_index(which)] = Place::Tiles(tiles),
         }
     }
 
@@ -225,7 +246,10 @@ impl SwappedHome {
                     weights.count() < self.plan.units_ahead()
                         && !self.units[self.layout.index(unit)].weights.is_empty()
                 }
-                Visit::Input(which) => self.inputs[self.plan.input_index(which)].is_settled(),
+                Visit::Input(which) => match &self.inputs[self.plan.input_index(which)] {
+                    Place::Tiles(tiles) => !tiles.is_empty() && tiles::are_at_rest(tiles),
+                    Place::Memory(_) => false,
+                },
             };
             if !ready {
                 break;
@@ -235,18 +259,36 @@ impl SwappedHome {
                 Err(PoolError::Exhausted { .. }) => break,
                 Err(error) => return Err(error.into()),
             };
-            let loading = self.load(visit, block)?;
+            let loading = LoadingTiles::start(self.tiles(visit), block)?;
             self.ahead.push_back((visit, loading));
+        }
+        if self.upcoming.is_empty() {
+            self.prefetch_update()?;
         }
         Ok(())
     }
 
-    fn load(&mut self, visit: Visit, block: Block) -> Result<LoadingTiles, StoreError> {
-        let tiles = match visit {
-            Visit::Weights(unit) => mem::take(&mut self.units[self.layout.index(unit)].weights),
-            Visit::Input(which) => self.inputs[self.plan.input_index(which)].settle()?,
-        };
-        LoadingTiles::start(tiles, block)
+    /// Starts loading what the update will need first, while the last gradients are computed.
+    fn prefetch_update(&mut self) -> Result<(), TrainError> {
+        let tile_bytes = self.plan.tile_bytes();
+        let mut left = self.plan.depth();
+        for unit in &mut self.units {
+            for (array, block_bytes) in [(&mut unit.weights, tile_bytes), (&mut unit.moments, 2 * tile_bytes)]
+            {
+                let count = left.min(array.len());
+                let first: Vec<Slot> = array.drain(..count).collect();
+                let begun = first.into_iter().map(|slot| slot.prefetch(&self.pool, block_bytes));
+                let begun = begun.collect::<Result<Vec<_>, _>>()?;
+                array.splice(..0, begun);
+            }
+            left = left.saturating_sub(unit.moments.len());
+        }
+        Ok(())
+    }
+
+    /// The arrays of the state.
+    fn arrays(&mut self) -> impl Iterator<Item = &mut Vec<Slot>> {
+        self.units.iter_mut().flat_map(|unit| [&mut unit.weights, &mut unit.moments])
     }
 
     fn bytes(&self, visit: Visit) -> usize {
@@ -280,82 +322,128 @@ impl Home for SwappedHome {
     }
 
     fn gradient(&mut self, unit: Unit, start: GradientStart) -> Result<Buffer, TrainError> {
-        let bytes = self.layout.unit(unit).padded_bytes();
-        let mut block = lease_part(&self.pool, self.plan.unit_block_bytes(&self.layout, unit), bytes)?;
-        let place = &mut self.units[self.layout.index(unit)].gradient;
-        match start {
-            GradientStart::Zero => block.fill(0),
-            GradientStart::Resume => {
-                let (tiles, loaded) = LoadingTiles::start(place.settle()?, block)?.wait()?;
-                *place = Place::Swapped(tiles);
-                block = loaded;
+        let layout = self.layout.unit(unit);
+        let block_bytes = self.plan.unit_block_bytes(&self.layout, unit);
+        match &mut self.units[self.layout.index(unit)].gradient {
+            Place::Memory(values) => {
+                let mut values = mem::take(values);
+                values.resize(layout.padded, 0.0);
+                if start == GradientStart::Zero {
+                    values.fill(0.0);
+                }
+                Ok(Buffer::Owned(values))
+            }
+            Place::Tiles(tiles) => {
+                let mut block = lease_part(&self.pool, block_bytes, layout.padded_bytes())?;
+                match start {
+                    GradientStart::Zero => block.fill(0),
+                    GradientStart::Resume => {
+                        (*tiles, block) = LoadingTiles::start(mem::take(tiles), block)?.wait()?;
+                    }
+                }
+                Ok(Buffer::Leased(block))
             }
         }
-        Ok(Buffer::Leased(block))
     }
 
     fn put_gradient(&mut self, unit: Unit, gradient: Buffer) -> Result<(), TrainError> {
-        let Buffer::Leased(block) = gradient else { unreachable!("this home hands out no other buffers") };
-        Ok(self.units[self.layout.index(unit)].gradient.put(block)?)
+        match (&mut self.units[self.layout.index(unit)].gradient, gradient) {
+            (Place::Memory(values), Buffer::Owned(gradient)) => *values = gradient,
+            (Place::Tiles(tiles), Buffer::Leased(block)) => *tiles = tiles::store(mem::take(tiles), block)?,
+            _ => unreachable!("what comes back is what was handed out"),
+        }
+        Ok(())
     }
 
     fn save_input(&mut self, which: SavedInput, input: &[f32]) -> Result<(), TrainError> {
-        let mut block = self.pool.lease(self.plan.input_bytes())?;
-        let (values, padding) = floats_mut(&mut block).split_at_mut(input.len());
-        values.copy_from_slice(input);
-        padding.fill(0.0);
-        Ok(self.inputs[self.plan.input_index(which)].put(block)?)
+        match &mut self.inputs[self.plan.input_index(which)] {
+            Place::Memory(bytes) => *bytes = Bytes::copy_from_slice(bytemuck::cast_slice(input)),
+            Place::Tiles(tiles) => {
+                let mut block = self.pool.lease(self.plan.input_bytes())?;
+                let (values, padding) = floats_mut(&mut block).split_at_mut(input.len());
+                values.copy_from_slice(input);
+                padding.fill(0.0);
+                *tiles = tiles::store(mem::take(tiles), block)?;
+            }
+        }
+        Ok(())
     }
 
     fn saved_input(&mut self, which: SavedInput) -> Result<Bytes, TrainError> {
-        let mut input = Buffer::freeze(self.take(Visit::Input(which))?);
+        let visit = Visit::Input(which);
+        if let Place::Memory(bytes) = &mut self.inputs[self.plan.input_index(which)] {
+            let bytes = mem::take(bytes);
+            self.arrive(visit);
+            self.fetch_ahead()?;
+            return Ok(bytes);
+        }
+        let mut input = Buffer::freeze(self.take(visit)?);
         input.truncate(self.plan.input_elements() * size_of::<f32>());
         Ok(input)
     }
 
     fn update(&mut self, update: &Update<'_>) -> Result<(), TrainError> {
-        let mut tiles = Vec::new();
+        let mut parts = Vec::new();
         let mut items = Vec::new();
-        for (layout, state) in self.layout.units().iter().zip(&mut self.units) {
+        let mut in_memory = Vec::with_capacity(self.units.len());
+        for (index, state) in self.units.iter_mut().enumerate() {
+            let (values, mut stored) = match &mut state.gradient {
+                Place::Memory(values) => (&values[..], Vec::new().into_iter()),
+                Place::Tiles(tiles) => (&[][..], mem::take(tiles).into_iter()),
+            };
+            in_memory.push(values);
             let weights = mem::take(&mut state.weights).into_iter();
             let moments = mem::take(&mut state.moments).into_iter();
-            let gradient = state.gradient.settle()?.into_iter();
-            for (i, ((weights, moments), gradient)) in weights.zip(moments).zip(gradient).enumerate() {
-                tiles.push((layout, i * self.plan.tile_elements()));
-                items.push(Item { edited: vec![weights, moments], read: vec![gradient] });
+            for (tile, (weights, moments)) in weights.zip(moments).enumerate() {
+                parts.push((index, tile * self.plan.tile_elements()));
+                items
+                    .push(Item { edited: vec![weights, moments], read: stored.next().into_iter().collect() });
             }
         }
         let tile_bytes = self.plan.tile_bytes();
-        let lanes = Lanes {
+        let limits = Limits {
             pool: &self.pool,
             depth: self.plan.depth(),
             block_bytes: &[tile_bytes, 2 * tile_bytes, tile_bytes],
         };
-        let done = pipeline::run(lanes, items, |index, edited, read| {
+        let layouts = self.layout.units();
+        let done = pipeline::run(limits, items, |item, edited, read| {
             check_stop(update.stop)?;
-            let (layout, start) = tiles[index];
+            let (index, start) = parts[item];
             let [weights, moments] = edited else { unreachable!("an item edits weights and moments") };
+            let weights = floats_mut(weights);
+            let gradient = match read {
+                [gradient] => floats(gradient),
+                _ => &in_memory[index][start..start + weights.len()],
+            };
             let (exp_avg, exp_avg_sq) = halves(floats_mut(moments));
-            update.apply(layout, start, floats_mut(weights), floats(read[0]), exp_avg, exp_avg_sq);
+            update.apply(&layouts[index], start, weights, gradient, exp_avg, exp_avg_sq);
             Ok::<(), TrainError>(())
         })?;
-        let owners = tiles.iter().map(|(layout, _)| self.layout.index(layout.unit));
-        for (owner, item) in owners.zip(done) {
-            let state = &mut self.units[owner];
+        for ((index, _), item) in parts.into_iter().zip(done.items) {
+            let state = &mut self.units[index];
             let mut edited = item.edited.into_iter();
             state.weights.extend(edited.next());
             state.moments.extend(edited.next());
-            if matches!(state.gradient, Place::Moving) {
-                state.gradient = Place::Swapped(Vec::new());
-            }
-            if let Place::Swapped(gradient) = &mut state.gradient {
+            if let Place::Tiles(gradient) = &mut state.gradient {
                 gradient.extend(item.read);
             }
         }
         Ok(())
     }
 
+    fn settle(&mut self) -> Result<(), TrainError> {
+        for array in self.arrays() {
+            *array = settle(mem::take(array))?;
+        }
+        Ok(())
+    }
+
     fn commit(&mut self, step: u64) -> Result<(), TrainError> {
+        for array in self.arrays() {
+            *array = mem::take(array).into_iter().map(Slot::save).collect();
+        }
+        self.settle()?;
         Ok(self.store.commit(self.identity.meta(step, self.plan.tile_bytes()))?)
     }
 
@@ -382,6 +470,12 @@ impl Home for SwappedHome {
             waited,
         })
     }
+}
+
+/// Waits for the writes of all of them; the first error when all have come to rest.
+fn settle(slots: Vec<Slot>) -> Result<Vec<Slot>, StoreError> {
+    let settled: Vec<_> = slots.into_iter().map(Slot::settle).collect();
+    settled.into_iter().collect()
 }
 
 /// A block of the class of `block_bytes`, cut to `bytes`. Every holder leases from its own class, so that nobody

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use overspill_io::{BackendChoice, Pool};
-use overspill_swap::{Durability, Store, Storing, Vacant, Worth};
+use overspill_swap::{Durability, Slot, Store, Worth};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -82,6 +82,7 @@ pub fn import(
         durability: options.durability,
         backend: options.backend,
         depth: None,
+        resident_bytes_max: Some(0),
     };
     if storage.directories.is_empty() {
         return Err(TrainError::ResumeWhere);
@@ -101,30 +102,32 @@ pub fn import(
     let store = Store::create_over(&volumes, options.durability, capacity)?;
     let total: u64 = lengths().map(|bytes| bytes as u64).sum();
     let mut done = 0;
-    let mut storing: VecDeque<Storing> = VecDeque::with_capacity(2 * ahead);
+    let mut storing: VecDeque<Slot> = VecDeque::with_capacity(2 * ahead);
     progress(0, total);
     for unit in layout.units() {
         let mut weights = Array::weights(unit, tile_bytes).reserve(&store, Worth::State)?.into_iter();
         let mut moments = Array::moments(unit, tile_bytes).reserve(&store, Worth::State)?.into_iter();
         for tile in tiles_of(unit, tile_bytes, &kinds) {
             check_stop(stop)?;
-            let vacant = match tile.kind {
+            let slot = match tile.kind {
                 TileKind::Weights => weights.next(),
                 TileKind::Moments => moments.next(),
             };
-            let vacant = vacant.expect("both are cut at the same places");
+            let slot = slot.expect("both are cut at the same places");
             if storing.len() == 2 * ahead
                 && let Some(oldest) = storing.pop_front()
             {
-                drop(oldest.wait().map_err(|failed| failed.error)?);
+                drop(oldest.settle()?);
             }
-            storing.push_back(store_tile(&source, &pool, tile, vacant)?);
+            let mut block = lease(&pool, tile)?;
+            source.read(tile, floats_mut(&mut block))?;
+            storing.extend(overspill_swap::tiles::store(vec![slot], block)?);
             done += tile.bytes() as u64;
             progress(done, total);
         }
     }
     for last in storing {
-        drop(last.wait().map_err(|failed| failed.error)?);
+        drop(last.settle()?);
     }
     store.commit(source.meta(tile_bytes))?;
     store.keep();
@@ -138,13 +141,6 @@ pub fn import(
         peak_rss_bytes: report::memory_of_process("VmHWM").unwrap_or(0),
         elapsed_seconds: started.elapsed().as_secs_f64(),
     })
-}
-
-/// Reads a tile and starts writing it.
-fn store_tile(source: &Source, pool: &Pool, tile: Tile<'_>, vacant: Vacant) -> Result<Storing, TrainError> {
-    let mut block = lease(pool, tile)?;
-    source.read(tile, floats_mut(&mut block))?;
-    Ok(vacant.fill(block).map_err(|refused| refused.error)?.store())
 }
 
 impl Source {

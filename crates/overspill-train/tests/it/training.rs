@@ -14,7 +14,7 @@ use overspill_train::layout::{ModelLayout, UnitLayout};
 use overspill_train::model::BatchShape;
 use overspill_train::plan::{Fixed, MemoryPlan, StepShape};
 use overspill_train::schedule::Schedule;
-use overspill_train::trainer::{BatchSource, Commit, Settings, Trainer};
+use overspill_train::trainer::{BatchSource, Commit, Settings, StepReport, Trainer};
 use overspill_train::{Initializer, TrainError};
 
 const STEPS: u64 = 4;
@@ -54,6 +54,15 @@ impl Case {
             .unwrap_err();
         MemoryPlan::new(&self.config, &self.layout, self.shape, Fixed::depth(Some(depth)), 0, error.least)
             .unwrap()
+    }
+
+    /// As [`Case::plan`], with memory for so many bytes beside.
+    fn plan_with(&self, depth: usize, more: usize) -> MemoryPlan {
+        let least = self.plan(depth);
+        let tile_bytes = Some(least.tile_bytes());
+        let fixed = Fixed { depth: Some(depth), tile_bytes, resident_bytes_max: None };
+        let budget = least.total_bytes() + more;
+        MemoryPlan::new(&self.config, &self.layout, self.shape, fixed, 0, budget).unwrap()
     }
 
     fn trainer<H: Home>(&self, home: H) -> Trainer<H, Batches> {
@@ -96,7 +105,15 @@ struct Trained {
 
 impl Trained {
     fn by<H: Home>(mut trainer: Trainer<H, Batches>) -> Self {
-        let reports: Vec<_> = (0..STEPS).map(|_| trainer.step(&RUNNING).unwrap()).collect();
+        let reports = Self::steps(&mut trainer);
+        Self::of(&reports, trainer)
+    }
+
+    fn steps<H: Home>(trainer: &mut Trainer<H, Batches>) -> Vec<StepReport> {
+        (0..STEPS).map(|_| trainer.step(&RUNNING).unwrap()).collect()
+    }
+
+    fn of<H: Home>(reports: &[StepReport], mut trainer: Trainer<H, Batches>) -> Self {
         let mut weights = Vec::new();
         trainer
             .weights(|unit, values| {
@@ -128,8 +145,11 @@ impl Storage {
 
     /// Over volumes with these weights, and an engine for each of the backends.
     fn over(case: &Case, depth: usize, volumes: &[(u32, &[BackendChoice])]) -> Self {
+        Self::planned(case, &case.plan(depth), volumes)
+    }
+
+    fn planned(case: &Case, plan: &MemoryPlan, volumes: &[(u32, &[BackendChoice])]) -> Self {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let plan = case.plan(depth);
         let pool = Pool::new(&plan.classes()).unwrap();
         let engine = |backend: &BackendChoice| {
             let config = EngineConfig { backend: *backend, ..EngineConfig::default() };
@@ -145,7 +165,7 @@ impl Storage {
         let fill = &mut drawn(&first);
         let identity = Identity::default();
         let site = Site { volumes: &volumes, durability: Durability::None, identity: &identity };
-        let home = SwappedHome::create(&case.layout, &plan, site, &pool, fill).unwrap();
+        let home = SwappedHome::create(&case.layout, plan, site, &pool, fill).unwrap();
         Self { trainer: case.trainer(home), pool, folder }
     }
 }
@@ -194,6 +214,37 @@ fn volumes_and_engines_of_any_number_train_to_the_same_bits() {
         assert!(Trained::by(storage.trainer) == reference, "{volumes:?}");
         assert_eq!(storage.pool.leased_blocks(), 0);
         assert_eq!(std::fs::read_dir(storage.folder.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn any_share_that_stays_in_memory_gives_the_same_bits_and_moves_what_does_not_stay() {
+    for case in [Case::tied(3), Case::untied(4)] {
+        let reference = case.in_memory();
+        let state = 4 * case.layout.padded_bytes();
+        let inputs = case.plan(0).saved_inputs() * case.plan(0).input_bytes();
+        let mut moved = Vec::new();
+        // Of the room, an eighth is left alone.
+        for eighths in [0, 1, 2, 3, 5, 8, 9] {
+            for depth in [0, 2] {
+                let plan = case.plan_with(depth, (state + inputs) * eighths / 8 * 8 / 7 + 64);
+                let mut storage = Storage::planned(&case, &plan, &[(1, &[BackendChoice::Auto])]);
+                let initially = storage.trainer.home().io().unwrap();
+                let reports = Trained::steps(&mut storage.trainer);
+                storage.trainer.home().settle().unwrap();
+                let io = storage.trainer.home().io().unwrap().since(&initially);
+                moved.push(io.bytes_read + io.bytes_written);
+                assert!(
+                    Trained::of(&reports, storage.trainer) == reference,
+                    "{eighths} eighths, depth {depth}"
+                );
+                assert_eq!(storage.pool.leased_blocks(), 0);
+            }
+        }
+        let pairs: Vec<&[u64]> = moved.chunks(2).collect();
+        assert!(pairs.windows(2).all(|pair| pair[1][0] <= pair[0][0]), "{moved:?}");
+        assert!(moved[2] < moved[0] && moved[8] < moved[2] / 2, "{moved:?}");
+        assert_eq!(&moved[10..], [0; 4], "everything stays");
     }
 }
 

@@ -3,11 +3,15 @@
 //! Memory goes to the pool (one class of blocks for each kind of holder, as many blocks as can be held at once), to
 //! the activations that live between layers, to the workspace of the computation inside one layer, to the training
 //! text, and to the process itself. Everything but the pool follows from the model and the batch; the pool's share
-//! is made to fit by shortening the tiles, then by shortening the pipeline.
+//! is made to fit by shortening the tiles, then by shortening the pipeline. What is left [keeps](Keeping) arrays in
+//! memory for good.
+
+mod keeping;
 
 use overspill_io::BlockClass;
 use overspill_swap::{Durability, Store, Worth, pipeline};
 
+pub use self::keeping::Keeping;
 use crate::config::{ConfigError, ModelConfig};
 use crate::home::SavedInput;
 use crate::layout::{ModelLayout, UNIT_ALIGNMENT, Unit, UnitLayout};
@@ -59,6 +63,9 @@ pub struct MemoryPlan {
     layers: usize,
     input_elements: usize,
     holders: Vec<BlockClass>,
+    keeping: Keeping,
+    /// Bytes that stay in memory, those of the pool and others.
+    kept_bytes: usize,
     /// Bytes of the computation inside one layer, of the activations between layers, of the text and of the tables.
     compute_bytes: usize,
 }
@@ -86,6 +93,11 @@ pub struct TooSmall {
     pub process: usize,
 }
 
+/// Of these lengths, those of what does not stay.
+fn moving(lengths: impl Iterator<Item = usize>, kept: &[bool]) -> impl Iterator<Item = usize> {
+    lengths.zip(kept).filter(|(_, kept)| !**kept).map(|(length, _)| length)
+}
+
 /// Rounded up, so that the amount named does suffice.
 fn mebibytes(bytes: usize) -> String {
     format!("{}MiB", bytes.div_ceil(1 << 20))
@@ -106,19 +118,21 @@ pub struct Fixed {
     pub depth: Option<usize>,
     /// Bytes of a tile: those of the state that a run goes on from.
     pub tile_bytes: Option<usize>,
+    /// The most that may stay in memory for good, in bytes, however much room there is.
+    pub resident_bytes_max: Option<usize>,
 }
 
 impl Fixed {
     /// The depth only.
     #[must_use]
     pub fn depth(depth: Option<usize>) -> Self {
-        Self { depth, tile_bytes: None }
+        Self { depth, ..Self::default() }
     }
 }
 
 /// Depths of the pipeline and lengths of tiles, which units of `longest` elements cap, the best first.
 fn candidates(fixed: Fixed, longest: usize) -> impl Iterator<Item = (usize, usize)> {
-    let Fixed { depth, tile_bytes } = fixed;
+    let Fixed { depth, tile_bytes, .. } = fixed;
     let depths = move || depth.map_or(0..=DEPTH_DEFAULT, |depth| depth..=depth).rev();
     let tiles = |longest: usize, shortest: usize| {
         std::iter::successors(Some(longest), |tile| Some(tile / 2)).take_while(move |&tile| tile >= shortest)
@@ -143,7 +157,9 @@ pub(crate) fn tile_bytes_for_any(layout: &ModelLayout) -> usize {
 /// Whether there are plans with tiles of this length.
 pub(crate) fn has_tiles_of(layout: &ModelLayout, tile_bytes: usize) -> bool {
     let longest = layout.largest_unit_bytes() / size_of::<f32>();
-    candidates(Fixed { depth: Some(0), tile_bytes: Some(tile_bytes) }, longest).next().is_some()
+    candidates(Fixed { depth: Some(0), tile_bytes: Some(tile_bytes), ..Fixed::default() }, longest)
+        .next()
+        .is_some()
 }
 
 /// What the store and the home take of the heap for a tile of weights, gradient and moments: names, extents, handles,
@@ -190,7 +206,9 @@ impl MemoryPlan {
             candidates(chosen, longest).map(with)
         };
         if let Some(plan) = plans().find(|plan| plan.total_bytes() <= budget) {
-            return Ok(plan);
+            let room = Keeping::room(budget - plan.total_bytes());
+            let room = fixed.resident_bytes_max.map_or(room, |most| room.min(most));
+            return Ok(plan.keep(layout, room));
         }
         let least = plans().min_by_key(Self::total_bytes).expect("there are depths and tiles to choose from");
         // The first of the longest.
@@ -243,13 +261,30 @@ impl MemoryPlan {
             layers: config.layers,
             input_elements,
             holders: Vec::new(),
+            keeping: Keeping::default(),
+            kept_bytes: 0,
             compute_bytes: workspace + workspace / 4 + between_layers + held_bytes + ids + turns,
         };
         let tiles = layout.units().iter().map(|unit| unit.padded.div_ceil(plan.tile_elements)).sum::<usize>();
         let records = tiles + plan.saved_inputs() + layout.units().len() * UNIT_TILES;
         plan.compute_bytes += records * TILE_RECORD_BYTES;
         plan.holders = plan.holders(config, layout);
+        plan.keeping = Keeping::nothing(layout.units().len(), plan.saved_inputs());
         plan
+    }
+
+    /// Keeps in memory what `room` bytes hold.
+    fn keep(mut self, layout: &ModelLayout, room: usize) -> Self {
+        self.keeping = Keeping::choose(layout, self.saved_inputs(), self.input_bytes(), room);
+        self.kept_bytes = self.keeping.bytes(layout, self.input_bytes());
+        let units = layout.units().iter().zip(self.keeping.weights.iter().zip(&self.keeping.moments));
+        for (unit, (&weights, &moments)) in units {
+            let bytes = unit.padded_bytes();
+            let class = |name, block_bytes| BlockClass { name, block_bytes, count: 1 };
+            self.holders.extend(weights.then(|| class("weights that stay", bytes)));
+            self.holders.extend(moments.then(|| class("moments that stay", 2 * bytes)));
+        }
+        self
     }
 
     /// Who can hold blocks, and how many at once.
@@ -293,7 +328,23 @@ impl MemoryPlan {
 
     /// Bytes of everything: what the budget has to hold.
     pub fn total_bytes(&self) -> usize {
-        self.pool_bytes() + self.compute_bytes + process_bytes()
+        self.moving_bytes() + self.kept_bytes + self.compute_bytes + process_bytes()
+    }
+
+    /// Bytes of the blocks that are not kept.
+    fn moving_bytes(&self) -> usize {
+        let moving = self.holders.iter().filter(|holder| !holder.name.ends_with("that stay"));
+        moving.map(|holder| holder.block_bytes * holder.count).sum()
+    }
+
+    /// What stays in memory.
+    pub fn keeping(&self) -> &Keeping {
+        &self.keeping
+    }
+
+    /// Bytes of the state that stay in memory, gradients and saved inputs included.
+    pub fn resident_bytes(&self) -> usize {
+        self.kept_bytes
     }
 
     /// Bytes that the store will take: twice the weights and moments if a crash is to cost one step at most, and room
@@ -301,9 +352,10 @@ impl MemoryPlan {
     pub fn storage_bytes(&self, layout: &ModelLayout, durability: Durability) -> u64 {
         let units = || layout.units().iter().map(UnitLayout::padded_bytes);
         let state = units().flat_map(|bytes| [bytes, 2 * bytes]);
-        let inputs = (0..self.saved_inputs()).map(|_| self.input_bytes());
+        let gradients = moving(units(), &self.keeping.gradients);
+        let inputs = moving(self.keeping.inputs.iter().map(|_| self.input_bytes()), &self.keeping.inputs);
         Store::capacity_for(durability, Worth::State, state)
-            + Store::capacity_for(durability, Worth::Scratch, units().chain(inputs))
+            + Store::capacity_for(durability, Worth::Scratch, gradients.chain(inputs))
     }
 
     /// Items that the pipeline loads ahead and stores behind.

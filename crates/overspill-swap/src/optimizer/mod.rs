@@ -1,0 +1,529 @@
+//! Optimizer state that lives on storage, for whoever has the parameters in memory.
+//!
+//! ```text
+//! backward:  swap_out_gradient(parameter, offset, bytes) ─► gathered, or on storage        prefetch(): first tiles come in
+//! step:      pass(…): tile ─load─► each part { state, gradient } ─► compute ─store─► tile     the last writes go on behind
+//! forward:   …                                                                             settle(): they have ended well
+//! ```
+//!
+//! An optimizer says how many bytes of state each parameter has ([`ParameterSpec`]); what they mean is its own matter. The
+//! [plan](OptimizerPlan) cuts and packs them into tiles and decides which tiles stay in memory. A pass shows the
+//! computation each part of each wanted parameter, with its state to be changed and its gradient if that was swapped
+//! out, always in the same order, so every depth and every share in memory give the same bits.
+//!
+//! State has no contents until the first pass that changes it: the computation sees zeros then, and
+//! [`PartView::is_new`]. When a pass fails, the state is lost as far as it was not committed, and
+//! [`OptimizerSwapper::roll_back`] brings the committed one back.
+
+mod error;
+mod gradient;
+mod packing;
+mod phases;
+mod plan;
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::time::Instant;
+
+use overspill_io::Pool;
+use serde_json::{Value, json};
+
+pub use self::error::{OptimizerError, PassError};
+use self::gradient::{Gradients, TileGradient};
+pub use self::packing::{PART_ALIGNMENT, ParameterSpec, Part, StateSize, Tile, pack};
+pub use self::phases::Phases;
+pub use self::plan::{DEPTH_DEFAULT, OptimizerPlan, PlanOptions, TILE_BYTES_DEFAULT, TooSmall};
+use crate::error::StoreError;
+use crate::ledger::Worth;
+use crate::manifest::checksum;
+use crate::pipeline::{self, Done, Item, Limits};
+use crate::slot::Slot;
+use crate::store::Store;
+
+/// Least number of bytes that are worth moving on their own.
+const SWAPPABLE_BYTES: usize = 1 << 20;
+
+/// Whether so many bytes of state are worth a place on storage of their own: a megabyte, or a block of the engine if that
+/// is longer. Smaller ones share a tile.
+pub fn is_swappable(bytes: usize, block_bytes: usize) -> bool {
+    bytes >= SWAPPABLE_BYTES.max(block_bytes)
+}
+
+/// Optimizer state in tiles, on storage but for those that memory has room for.
+#[derive(Debug)]
+pub struct OptimizerSwapper {
+    names: Vec<String>,
+    numels: Vec<usize>,
+    plan: OptimizerPlan,
+    /// The state of every tile; `None` once it is lost.
+    slots: Vec<Option<Slot>>,
+    gradients: Vec<TileGradient>,
+    /// Parts without contents, by tile and place in it.
+    new: HashSet<(usize, usize)>,
+    /// Tiles of each parameter.
+    tiles_of: Vec<Range<usize>>,
+    phases: Phases,
+    pool: Pool,
+    store: Store,
+}
+
+/// A part of a parameter in a pass.
+#[derive(Debug)]
+pub struct PartView<'a> {
+    /// Index of the parameter.
+    pub parameter: usize,
+    /// Its elements.
+    pub elements: Range<usize>,
+    /// Their state.
+    pub state: &'a mut [u8],
+    /// Whether the state has no contents yet; it is all zeros then.
+    pub is_new: bool,
+    /// Their gradients, if those were swapped out in this step.
+    pub gradient: Option<&'a [u8]>,
+}
+
+/// What a pass does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Uses gradients up, and changes the state.
+    Step,
+    /// Changes the state.
+    Edit,
+    /// Looks at it.
+    Read,
+}
+
+impl OptimizerSwapper {
+    /// State without contents, in a store that was made with room for the plan's
+    /// [storage](OptimizerPlan::storage_bytes), with a pool of its [classes](OptimizerPlan::classes).
+    ///
+    /// # Errors
+    /// [`OptimizerError::Store`] when the store has no room, or has such tensors already.
+    pub fn create(
+        specs: &[ParameterSpec],
+        plan: OptimizerPlan,
+        store: &Store,
+        pool: &Pool,
+    ) -> Result<Self, OptimizerError> {
+        let mut swapper = Self::over(specs, plan, store, pool)?;
+        for (index, tile) in swapper.plan.tiles.iter().enumerate() {
+            let slot = Slot::Vacant(store.reserve(tile_name(index), tile.bytes(), Worth::State)?);
+            swapper.slots[index] = Some(swapper.stay(index, slot)?);
+            swapper.new.extend((0..tile.parts.len()).map(|part| (index, part)));
+        }
+        Ok(swapper)
+    }
+
+    /// The state that is committed in `store`, with the same parameters; `plan` has the tiles that
+    /// [`OptimizerSwapper::tile_bytes`] says.
+    ///
+    /// # Errors
+    /// [`OptimizerError::OtherParameters`] when they are not, [`OptimizerError::Store`] for what cannot be read.
+    pub fn open(
+        specs: &[ParameterSpec],
+        plan: OptimizerPlan,
+        store: &Store,
+        pool: &Pool,
+    ) -> Result<Self, OptimizerError> {
+        // With less memory, more gradients go to storage.
+        store.provide(plan.storage_bytes(store.durability()))?;
+        let mut swapper = Self::over(specs, plan, store, pool)?;
+        swapper.take_up()?;
+        Ok(swapper)
+    }
+
+    /// The tiles of the state that was committed with `meta`; `None` if it does not say.
+    pub fn tile_bytes(meta: &Value) -> Option<usize> {
+        usize::try_from(meta["optimizer"]["tile_bytes"].as_u64()?).ok()
+    }
+
+    fn over(
+        specs: &[ParameterSpec],
+        plan: OptimizerPlan,
+        store: &Store,
+        pool: &Pool,
+    ) -> Result<Self, OptimizerError> {
+        let mut tiles_of = vec![0..0; specs.len()];
+        let mut gradients = Vec::with_capacity(plan.tiles.len());
+        for (index, tile) in plan.tiles.iter().enumerate() {
+            for part in &tile.parts {
+                let tiles = &mut tiles_of[part.parameter];
+                *tiles = if tiles.end == 0 { index } else { tiles.start }..index + 1;
+            }
+            let padded = plan.gradient_tile_bytes(tile).filter(|_| !plan.kept[index]);
+            let bytes = tile.elements() * plan.gradient_bytes.unwrap_or(0);
+            let mut gradient = TileGradient::new(index, bytes, padded);
+            gradient.renew(store)?;
+            gradients.push(gradient);
+        }
+        Ok(Self {
+            names: specs.iter().map(|spec| spec.name.clone()).collect(),
+            numels: specs.iter().map(|spec| spec.numel).collect(),
+            slots: plan.tiles.iter().map(|_| None).collect(),
+            plan,
+            gradients,
+            new: HashSet::new(),
+            tiles_of,
+            phases: Phases::default(),
+            pool: pool.clone(),
+            store: store.clone(),
+        })
+    }
+
+    /// Takes up the committed state.
+    fn take_up(&mut self) -> Result<(), OptimizerError> {
+        let meta = self.store.meta();
+        let found = &meta["optimizer"];
+        if *found != self.identity(&found["new"]) {
+            let reason = if found.is_null() {
+                "nothing of an optimizer is committed".to_owned()
+            } else {
+                "names, lengths or tiles are different".to_owned()
+            };
+            return Err(OptimizerError::OtherParameters { reason });
+        }
+        let pair = |pair: &Value| Some((pair[0].as_u64()? as usize, pair[1].as_u64()? as usize));
+        self.new = found["new"].as_array().into_iter().flatten().filter_map(pair).collect();
+        for (index, tile) in self.plan.tiles.iter().enumerate() {
+            let slot = match self.store.adopt(&tile_name(index), tile.bytes()) {
+                Ok(tensor) => Slot::Swapped(tensor),
+                Err(StoreError::Missing { .. }) => {
+                    self.new.extend((0..tile.parts.len()).map(|part| (index, part)));
+                    Slot::Vacant(self.store.vacant(&tile_name(index), tile.bytes(), Worth::State)?)
+                }
+                Err(error) => return Err(error.into()),
+            };
+            self.slots[index] = Some(self.stay(index, slot)?);
+            self.gradients[index].renew(&self.store)?;
+        }
+        Ok(())
+    }
+
+    /// Brings a tile that stays in memory there.
+    fn stay(&self, index: usize, slot: Slot) -> Result<Slot, OptimizerError> {
+        if !self.plan.kept[index] {
+            return Ok(slot);
+        }
+        let block = self.pool.lease(self.plan.tiles[index].bytes()).map_err(StoreError::from)?;
+        Ok(Slot::Kept(slot.begin(Some(block))?.wait()?.tensor))
+    }
+
+    /// What has to be equal for a state to be that of these parameters.
+    fn identity(&self, new: &Value) -> Value {
+        let mut text = String::new();
+        for (name, numel) in self.names.iter().zip(&self.numels) {
+            text += &format!("{name:?} {numel}\n");
+        }
+        for tile in &self.plan.tiles {
+            text += &format!("{} {}\n", tile.elements(), tile.bytes());
+        }
+        let digest = format!("{:016x}", checksum(text.as_bytes()));
+        json!({ "tile_bytes": self.plan.tile_bytes, "parameters": self.names.len(), "digest": digest, "new": new })
+    }
+
+    /// Takes over a piece of a parameter's gradient: what belongs from element `offset` on. The memory is the caller's
+    /// again when this returns.
+    ///
+    /// # Errors
+    /// [`OptimizerError::GradientRange`], [`OptimizerError::NoParameter`], [`OptimizerError::GradientsStay`], and
+    /// [`OptimizerError::Store`] when an earlier write of this tile failed.
+    pub fn swap_out_gradient(
+        &mut self,
+        parameter: usize,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), OptimizerError> {
+        let started = Instant::now();
+        let element_bytes = self.plan.gradient_bytes.ok_or(OptimizerError::GradientsStay)?;
+        let tiles = self.tiles(parameter)?;
+        let (elements, rest) = (bytes.len() / element_bytes, bytes.len() % element_bytes);
+        let numel = self.numels[parameter];
+        if rest != 0 || offset.checked_add(elements).is_none_or(|end| end > numel) {
+            return Err(OptimizerError::GradientRange {
+                parameter: self.names[parameter].clone(),
+                offset,
+                length: bytes.len(),
+                numel,
+                element_bytes,
+            });
+        }
+        let block_bytes = self.plan.longest_gradient().unwrap_or(0);
+        for index in tiles {
+            for part in self.plan.tiles[index].parts.iter().filter(|part| part.parameter == parameter) {
+                let (start, end) =
+                    (part.elements.start.max(offset), part.elements.end.min(offset + elements));
+                if start < end {
+                    let at = (part.gradient.start + start - part.elements.start) * element_bytes;
+                    let piece = &bytes[(start - offset) * element_bytes..(end - offset) * element_bytes];
+                    self.gradients[index].put(at, piece, &self.pool, block_bytes)?;
+                }
+            }
+        }
+        self.phases.gradient_swap_out += started.elapsed();
+        Ok(())
+    }
+
+    /// Waits until every gradient that goes to storage is there.
+    ///
+    /// # Errors
+    /// [`OptimizerError::Store`] of the first write that failed.
+    pub fn flush_gradients(&mut self) -> Result<(), OptimizerError> {
+        let started = Instant::now();
+        let settled: Vec<_> = self.gradients.iter_mut().map(TileGradient::settle).collect();
+        self.phases.gradient_swap_out += started.elapsed();
+        Ok(settled.into_iter().collect::<Result<(), _>>()?)
+    }
+
+    /// Forgets all gradients.
+    pub fn clear_gradients(&mut self) {
+        self.gradients.iter_mut().for_each(TileGradient::clear);
+    }
+
+    /// Bytes of gradients that are in memory.
+    pub fn gradient_memory_bytes(&self) -> usize {
+        self.gradients.iter().map(TileGradient::memory_bytes).sum()
+    }
+
+    /// Starts loading the first tiles of the next pass, as many as the pipeline loads ahead: what to do while backward
+    /// computes.
+    ///
+    /// # Errors
+    /// [`OptimizerError::Store`] when an earlier write of such a tile failed.
+    pub fn prefetch(&mut self) -> Result<(), OptimizerError> {
+        let block_bytes = self.plan.longest_tile();
+        let mut begun = 0;
+        for slot in &mut self.slots {
+            if begun > self.plan.depth {
+                break;
+            }
+            *slot = slot.take().map(|slot| slot.prefetch(&self.pool, block_bytes)).transpose()?;
+            begun += usize::from(matches!(slot, Some(Slot::Loading(_) | Slot::Swapped(_))));
+        }
+        Ok(())
+    }
+
+    /// Shows `compute` every part of the parameters that `wants` names, with its gradient; what it does to the state is
+    /// stored. Gradients are used up.
+    ///
+    /// # Errors
+    /// [`PassError::Compute`] with its own refusal, or [`PassError::Swapper`]; the state is lost then, but for the committed
+    /// one.
+    pub fn step<E>(
+        &mut self,
+        wants: impl Fn(usize) -> bool,
+        compute: impl FnMut(PartView<'_>) -> Result<(), E>,
+    ) -> Result<(), PassError<E>> {
+        self.pass(Way::Step, wants, compute)
+    }
+
+    /// As [`OptimizerSwapper::step`], without gradients: to set the state, or to write it back after it was changed.
+    ///
+    /// # Errors
+    /// As [`OptimizerSwapper::step`].
+    pub fn edit<E>(
+        &mut self,
+        wants: impl Fn(usize) -> bool,
+        compute: impl FnMut(PartView<'_>) -> Result<(), E>,
+    ) -> Result<(), PassError<E>> {
+        self.pass(Way::Edit, wants, compute)
+    }
+
+    /// Shows `look` the state as it is; parts that have none are left out.
+    ///
+    /// # Errors
+    /// As [`OptimizerSwapper::step`].
+    pub fn read<E>(
+        &mut self,
+        wants: impl Fn(usize) -> bool,
+        mut look: impl FnMut(usize, Range<usize>, &[u8]) -> Result<(), E>,
+    ) -> Result<(), PassError<E>> {
+        self.pass(Way::Read, wants, |part| look(part.parameter, part.elements, part.state))
+    }
+
+    fn pass<E>(
+        &mut self,
+        way: Way,
+        wants: impl Fn(usize) -> bool,
+        mut compute: impl FnMut(PartView<'_>) -> Result<(), E>,
+    ) -> Result<(), PassError<E>> {
+        let has_contents = |index: usize, part: usize| !self.new.contains(&(index, part));
+        let is_wanted = |index: usize| {
+            let mut parts = self.plan.tiles[index].parts.iter().enumerate();
+            parts.any(|(i, part)| wants(part.parameter) && (way != Way::Read || has_contents(index, i)))
+        };
+        let wanted: Vec<usize> = (0..self.slots.len()).filter(|&index| is_wanted(index)).collect();
+        if self.slots.iter().any(Option::is_none) {
+            return Err(OptimizerError::Lost.into());
+        }
+
+        // Blocks that were filled for a pass over other tiles are wanted now.
+        for slot in self.slots.iter_mut().enumerate().filter_map(|(i, slot)| (!is_wanted(i)).then_some(slot))
+        {
+            if let Some(Slot::Loading(_)) = slot {
+                *slot = slot.take().map(Slot::settle).transpose()?;
+            }
+        }
+
+        let mut in_memory = Vec::with_capacity(wanted.len());
+        let mut items = Vec::with_capacity(wanted.len());
+        for &index in &wanted {
+            let slot = self.slots[index].take().expect("no slot is lost, as was just seen");
+            let gradients = if way == Way::Step { self.gradients[index].take() } else { Gradients::Nothing };
+            let (memory, stored) = match gradients {
+                Gradients::Nothing => (None, Vec::new()),
+                Gradients::Memory(bytes) => (Some(bytes), Vec::new()),
+                Gradients::Storage(slot) => (None, vec![slot]),
+            };
+            in_memory.push(memory);
+            items.push(match way {
+                Way::Read => Item { edited: Vec::new(), read: vec![slot] },
+                Way::Step | Way::Edit => Item { edited: vec![slot], read: stored },
+            });
+        }
+
+        let block_bytes = [self.plan.longest_tile(), self.plan.longest_gradient().unwrap_or(0)];
+        let limits = Limits { pool: &self.pool, depth: self.plan.depth, block_bytes: &block_bytes };
+        let element_bytes = self.plan.gradient_bytes.unwrap_or(0);
+        let (plan, new) = (&self.plan, &mut self.new);
+        let mut scratch = Vec::new();
+        let Done { items, timings } = pipeline::run(limits, items, |at, edited, read| {
+            let index = wanted[at];
+            let gradients = in_memory[at].as_deref().or(read.first().copied());
+            let state = match edited {
+                [state] => &mut **state,
+                _ => {
+                    scratch.clear();
+                    scratch.extend_from_slice(read[0]);
+                    &mut scratch[..]
+                }
+            };
+            for (i, part) in plan.tiles[index].parts.iter().enumerate().filter(|(_, p)| wants(p.parameter)) {
+                let is_new = new.contains(&(index, i));
+                if way == Way::Read && is_new {
+                    continue;
+                }
+                let Range { start, end } = part.gradient;
+                let gradient = gradients.filter(|_| way == Way::Step);
+                let state = &mut state[part.state.clone()];
+                if is_new {
+                    state.fill(0);
+                }
+                compute(PartView {
+                    parameter: part.parameter,
+                    elements: part.elements.clone(),
+                    state,
+                    is_new,
+                    gradient: gradient.map(|bytes| &bytes[start * element_bytes..end * element_bytes]),
+                })?;
+                new.remove(&(index, i));
+            }
+            Ok(())
+        })?;
+
+        for (index, item) in wanted.into_iter().zip(items) {
+            let Item { edited, read } = item;
+            let mut slots = edited.into_iter().chain(read);
+            self.slots[index] = slots.next();
+            if let Some(room) = slots.next() {
+                self.gradients[index].give_back(room);
+            }
+        }
+        self.phases.swap_in += timings.load;
+        self.phases.compute += timings.compute;
+        self.phases.swap_out += timings.store;
+        self.phases.passes += 1;
+        Ok(())
+    }
+
+    /// Drops a parameter's state: the next pass finds it new.
+    ///
+    /// # Errors
+    /// [`OptimizerError::NoParameter`].
+    pub fn purge(&mut self, parameter: usize) -> Result<(), OptimizerError> {
+        for index in self.tiles(parameter)? {
+            let parts = self.plan.tiles[index].parts.iter().enumerate();
+            self.new.extend(parts.filter(|(_, part)| part.parameter == parameter).map(|(i, _)| (index, i)));
+        }
+        Ok(())
+    }
+
+    /// Waits for every write that is under way, and learns how it ended.
+    ///
+    /// # Errors
+    /// [`OptimizerError::Store`] of the first one that failed; that tile's state is lost.
+    pub fn settle(&mut self) -> Result<(), OptimizerError> {
+        let started = Instant::now();
+        let mut first_error = Ok(());
+        for slot in &mut self.slots {
+            match slot.take().map(Slot::settle).transpose() {
+                Ok(settled) => *slot = settled,
+                Err(error) => first_error = first_error.and(Err(error)),
+            }
+        }
+        self.phases.swap_out += started.elapsed();
+        Ok(first_error?)
+    }
+
+    /// Makes the state the next generation of the store, with what is only in memory; `meta` goes with it.
+    ///
+    /// # Errors
+    /// [`OptimizerError::Lost`] after a pass that failed, [`OptimizerError::Store`] as [`Store::commit`].
+    pub fn commit(&mut self, meta: &Value) -> Result<(), OptimizerError> {
+        if self.slots.iter().any(Option::is_none) {
+            return Err(OptimizerError::Lost);
+        }
+        for slot in &mut self.slots {
+            *slot = slot.take().map(Slot::save);
+        }
+        self.settle()?;
+        let is_vacant = |index: usize| matches!(self.slots[index], Some(Slot::Vacant(_)));
+        let mut new: Vec<_> = self.new.iter().filter(|(index, _)| !is_vacant(*index)).collect();
+        new.sort_unstable();
+        let optimizer = self.identity(&json!(new));
+        Ok(self.store.commit(json!({ "optimizer": optimizer, "meta": meta }))?)
+    }
+
+    /// What was committed with the state.
+    pub fn meta(&self) -> Value {
+        self.store.meta()["meta"].clone()
+    }
+
+    /// Goes back to the committed state: of a step that shall not count, or after one that failed. Gradients are
+    /// forgotten.
+    ///
+    /// # Errors
+    /// [`OptimizerError::Store`] when nothing is committed or it cannot be read.
+    pub fn roll_back(&mut self) -> Result<(), OptimizerError> {
+        // What was under way does not count any more, however it ends.
+        for slot in &mut self.slots {
+            drop(slot.take().map(Slot::settle));
+        }
+        self.gradients.iter_mut().for_each(TileGradient::give_up);
+        self.store.roll_back()?;
+        self.take_up()
+    }
+
+    /// Where the time went.
+    pub fn phases(&self) -> Phases {
+        self.phases
+    }
+
+    /// What the memory is spent on.
+    pub fn plan(&self) -> &OptimizerPlan {
+        &self.plan
+    }
+
+    /// Where the state is.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    fn tiles(&self, parameter: usize) -> Result<Range<usize>, OptimizerError> {
+        let count = self.names.len();
+        self.tiles_of.get(parameter).cloned().ok_or(OptimizerError::NoParameter { parameter, count })
+    }
+}
+
+fn tile_name(index: usize) -> String {
+    format!("state/{index}")
+}

@@ -1,0 +1,256 @@
+//! What an optimizer swapper's memory is spent on, decided before anything is allocated.
+//!
+//! The budget is a total: for what the pipeline holds while it moves tiles, for the books, and for the tiles that stay in
+//! memory for good. The pipeline comes first; what is left keeps as many tiles as it holds, spread evenly over the pass,
+//! so that transfers and computation of kept tiles take turns. A fixed share is the best there is for a pass that
+//! touches everything once: any policy that forgets the oldest would forget each tile just before its use.
+
+use overspill_io::{BLOCK_ALIGNMENT, BlockClass};
+
+use super::packing::{ParameterSpec, Tile, pack, spread};
+use crate::ledger::{Durability, Worth};
+use crate::pipeline;
+use crate::store::Store;
+
+/// What a user may decide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanOptions {
+    /// All the memory that state, and gradients if they are swapped, may take, in bytes.
+    pub memory_bytes: usize,
+    /// The most that may stay in memory, in bytes, however much of it there is; `None` for as much as fits.
+    pub kept_bytes_max: Option<usize>,
+    /// Tiles that load ahead, and tiles that store behind; as many as fit, up to [`DEPTH_DEFAULT`], when not given.
+    pub depth: Option<usize>,
+    /// Bytes of a tile; [`TILE_BYTES_DEFAULT`] or less, as the memory allows, when not given.
+    pub tile_bytes: Option<usize>,
+    /// Bytes of an element of a gradient, when gradients are swapped, too.
+    pub gradient_bytes: Option<usize>,
+}
+
+/// Depth of the pipeline when nobody says.
+pub const DEPTH_DEFAULT: usize = 4;
+
+/// Longest and shortest tile when nobody says, in bytes.
+pub const TILE_BYTES_DEFAULT: usize = 8 << 20;
+const TILE_BYTES_MIN: usize = 128 << 10;
+
+/// What a tile takes in the books: parts, names, extents, handles.
+const TILE_RECORD_BYTES: usize = 2 << 10;
+
+/// The memory is too small for any plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{memory_bytes} bytes of memory are too few to swap with: {least_bytes} would do")]
+pub struct TooSmall {
+    /// The budget, in bytes.
+    pub memory_bytes: usize,
+    /// The smallest budget that would do, in bytes.
+    pub least_bytes: usize,
+}
+
+/// What the memory is spent on.
+#[derive(Clone, Debug)]
+pub struct OptimizerPlan {
+    pub(crate) tiles: Vec<Tile>,
+    /// Whether each tile stays in memory.
+    pub(crate) kept: Vec<bool>,
+    pub(crate) tile_bytes: usize,
+    pub(crate) depth: usize,
+    pub(crate) gradient_bytes: Option<usize>,
+}
+
+impl OptimizerPlan {
+    /// Finds the plan with the longest tiles and the deepest pipeline that fits, and keeps what is left room for.
+    ///
+    /// # Errors
+    /// [`TooSmall`] when the pipeline alone does not fit.
+    pub fn new(specs: &[ParameterSpec], options: &PlanOptions) -> Result<Self, TooSmall> {
+        let tile_lengths = match options.tile_bytes {
+            Some(bytes) => vec![bytes.max(1).next_multiple_of(BLOCK_ALIGNMENT)],
+            None => std::iter::successors(Some(TILE_BYTES_DEFAULT), |bytes| Some(bytes / 2))
+                .take_while(|&bytes| bytes >= TILE_BYTES_MIN)
+                .collect(),
+        };
+        let depths = match options.depth {
+            Some(depth) => vec![depth],
+            None => (0..=DEPTH_DEFAULT).rev().collect(),
+        };
+        let mut least_bytes = usize::MAX;
+        for &depth in &depths {
+            for &tile_bytes in &tile_lengths {
+                let mut plan = Self {
+                    tiles: pack(specs, tile_bytes),
+                    kept: Vec::new(),
+                    tile_bytes,
+                    depth,
+                    gradient_bytes: options.gradient_bytes,
+                };
+                let whole =
+                    plan.books_bytes() + (0..plan.tiles.len()).map(|i| plan.keeping_bytes(i)).sum::<usize>();
+                let kept_bytes_max = options.kept_bytes_max.unwrap_or(usize::MAX);
+                if whole <= options.memory_bytes && whole <= kept_bytes_max {
+                    plan.kept = vec![true; plan.tiles.len()];
+                    return Ok(plan);
+                }
+                plan.kept = vec![false; plan.tiles.len()];
+                let moving = plan.total_bytes();
+                least_bytes =
+                    least_bytes.min(if whole <= kept_bytes_max { moving.min(whole) } else { moving });
+                if moving <= options.memory_bytes {
+                    plan.keep((options.memory_bytes - moving).min(kept_bytes_max));
+                    return Ok(plan);
+                }
+            }
+        }
+        Err(TooSmall { memory_bytes: options.memory_bytes, least_bytes })
+    }
+
+    /// Keeps as many tiles as `bytes` hold.
+    fn keep(&mut self, bytes: usize) {
+        let count = self.tiles.len();
+        let needed = |kept: usize| -> usize {
+            let chosen = spread(count, kept).enumerate().filter(|(_, is_kept)| *is_kept);
+            chosen.map(|(index, _)| self.keeping_bytes(index)).sum()
+        };
+        // A longer tile may be in the place of a shorter one, so the sum need not grow with every step: from above.
+        let mean = (0..count).map(|index| self.keeping_bytes(index)).sum::<usize>() / count.max(1);
+        let most = (bytes / mean.max(1)).saturating_add(2).min(count);
+        let kept = (0..=most).rev().find(|&kept| needed(kept) <= bytes).unwrap_or(0);
+        self.kept = spread(count, kept).collect();
+    }
+
+    /// Bytes that a tile takes for good, with its gradient.
+    fn keeping_bytes(&self, index: usize) -> usize {
+        let tile = &self.tiles[index];
+        tile.bytes() + self.gradient_bytes.map_or(0, |bytes| bytes * tile.elements())
+    }
+
+    fn books_bytes(&self) -> usize {
+        self.tiles.len() * TILE_RECORD_BYTES
+    }
+
+    /// Who holds blocks, and how many at once.
+    pub fn classes(&self) -> Vec<BlockClass> {
+        let mut classes: Vec<BlockClass> = Vec::new();
+        let mut add =
+            |name, block_bytes, count| match classes.iter_mut().find(|c| c.block_bytes == block_bytes) {
+                Some(class) => class.count += count,
+                None => classes.push(BlockClass { name, block_bytes, count }),
+            };
+        if self.swaps() {
+            add("tile of optimizer state", self.longest_tile(), pipeline::items_in_memory(self.depth));
+            if let Some(bytes) = self.longest_gradient() {
+                add("tile of gradients", bytes, pipeline::items_in_memory(self.depth));
+            }
+        }
+        for (tile, _) in self.tiles.iter().zip(&self.kept).filter(|(_, kept)| **kept) {
+            add("tile that stays", tile.bytes(), 1);
+        }
+        classes
+    }
+
+    /// Bytes of everything: what the budget has to hold.
+    pub fn total_bytes(&self) -> usize {
+        let blocks: usize = self.classes().iter().map(|class| class.block_bytes * class.count).sum();
+        let gradients = self.gradient_bytes.unwrap_or(0);
+        let kept = self.tiles.iter().zip(&self.kept).filter(|(_, kept)| **kept);
+        let kept_gradients: usize = kept.map(|(tile, _)| gradients * tile.elements()).sum();
+        // A gradient that arrives in pieces is gathered outside of the pool, one tile at a time.
+        let gathering = if self.swaps() { self.longest_gradient().unwrap_or(0) } else { 0 };
+        blocks + kept_gradients + gathering + self.books_bytes()
+    }
+
+    /// Bytes that the store will take.
+    pub fn storage_bytes(&self, durability: Durability) -> u64 {
+        let state = self.tiles.iter().map(Tile::bytes);
+        let gradients = self.tiles.iter().zip(&self.kept).filter(|(_, kept)| !**kept);
+        let gradients = gradients.filter_map(|(tile, _)| self.gradient_tile_bytes(tile));
+        Store::capacity_for(durability, Worth::State, state)
+            + Store::capacity_for(durability, Worth::Scratch, gradients)
+    }
+
+    /// Tiles that load ahead, and tiles that store behind.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Bytes of a tile.
+    pub fn tile_bytes(&self) -> usize {
+        self.tile_bytes
+    }
+
+    /// Bytes of all state.
+    pub fn state_bytes(&self) -> usize {
+        self.tiles.iter().map(Tile::bytes).sum()
+    }
+
+    /// Bytes of the state that stays in memory.
+    pub fn kept_bytes(&self) -> usize {
+        self.tiles.iter().zip(&self.kept).filter(|(_, kept)| **kept).map(|(tile, _)| tile.bytes()).sum()
+    }
+
+    /// Whether anything moves.
+    fn swaps(&self) -> bool {
+        self.kept.contains(&false)
+    }
+
+    /// Bytes of the longest tile that moves.
+    pub(crate) fn longest_tile(&self) -> usize {
+        let moving = self.tiles.iter().zip(&self.kept).filter(|(_, kept)| !**kept);
+        moving.map(|(tile, _)| tile.bytes()).max().unwrap_or(0)
+    }
+
+    pub(crate) fn longest_gradient(&self) -> Option<usize> {
+        let moving = self.tiles.iter().zip(&self.kept).filter(|(_, kept)| !**kept);
+        moving.filter_map(|(tile, _)| self.gradient_tile_bytes(tile)).max()
+    }
+
+    /// Bytes of a tile's gradients on storage.
+    pub(crate) fn gradient_tile_bytes(&self, tile: &Tile) -> Option<usize> {
+        self.gradient_bytes.map(|bytes| (bytes * tile.elements()).next_multiple_of(BLOCK_ALIGNMENT))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optimizer::packing::StateSize;
+
+    fn specs(count: usize) -> Vec<ParameterSpec> {
+        let state = StateSize::per_element(10);
+        (0..count)
+            .map(|i| ParameterSpec { name: format!("p{i}"), numel: 1_000_003, state: state.clone() })
+            .collect()
+    }
+
+    #[test]
+    fn every_budget_is_kept_and_more_memory_keeps_more() {
+        let specs = specs(20);
+        for gradient_bytes in [None, Some(4)] {
+            let mut kept = 0;
+            for memory_bytes in (1..400).map(|mib| mib << 20) {
+                let options = PlanOptions {
+                    memory_bytes,
+                    kept_bytes_max: None,
+                    depth: None,
+                    tile_bytes: Some(1 << 20),
+                    gradient_bytes,
+                };
+                match OptimizerPlan::new(&specs, &options) {
+                    Ok(plan) => {
+                        assert!(plan.total_bytes() <= memory_bytes, "{memory_bytes}");
+                        // A deeper pipeline comes first, and takes some of what could be kept.
+                        assert!(plan.kept_bytes() + (13 << 20) >= kept);
+                        kept = plan.kept_bytes();
+                    }
+                    Err(TooSmall { least_bytes, .. }) => {
+                        assert!(least_bytes > memory_bytes && kept == 0);
+                        let enough = PlanOptions { memory_bytes: least_bytes, ..options };
+                        assert!(OptimizerPlan::new(&specs, &enough).is_ok());
+                    }
+                }
+            }
+            let all: usize = specs.iter().map(|spec| spec.numel * 10).sum();
+            assert!(kept >= all, "{kept} of {all}");
+        }
+    }
+}
