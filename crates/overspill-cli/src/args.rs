@@ -42,11 +42,11 @@ pub(crate) enum Command {
     Inspect(InspectArguments),
     /// Read every byte of a store's generations, compare it with what was stored, and name what is damaged
     Verify(VerifyArguments),
-    /// Keep the committed state under a name without copying it, also while it is being trained on
+    /// Keep the committed state under a name without copying it, also while it is being trained on; or list what is kept
     Snapshot(SnapshotArguments),
     /// Go back to a snapshot, or to the generation before the last commit
     Restore(RestoreArguments),
-    /// List the stores that ended processes left, and remove those that nothing can be resumed from
+    /// List the stores and the unfinished folders that ended processes left, and remove what nothing can be resumed from
     Gc(GcArguments),
 }
 

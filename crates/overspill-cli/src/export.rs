@@ -103,6 +103,9 @@ fn options(arguments: &ExportArguments) -> anyhow::Result<ExportOptions> {
 fn table(exported: &Exported) -> Table {
     let e = exported;
     let mut table = Table::default();
+    for (index, directory) in e.directories.iter().enumerate() {
+        table.line(if index == 0 { "store" } else { "  and" }, directory.display());
+    }
     table.line("folder", e.out.display());
     table.line("contents", format!("{} as {}", e.form, e.dtype));
     if let Some(snapshot) = &e.snapshot {

@@ -2,6 +2,8 @@
 //!
 //! Nothing goes without `--remove`, and nothing that a run could go on from without `--with-committed`.
 
+mod folders;
+
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
@@ -20,7 +22,7 @@ pub(crate) struct GcArguments {
     #[arg(value_name = "DIR", default_value = ".")]
     directories: Vec<PathBuf>,
 
-    /// Remove the stores that nothing can be resumed from
+    /// Remove the stores that nothing can be resumed from, and the unfinished folders
     #[arg(long)]
     remove: bool,
 
@@ -49,7 +51,8 @@ struct DirectoryReport {
     in_use: bool,
     /// That process.
     owner_pid: Option<u32>,
-    /// `half_made`, `uncommitted`, `committed`, or `volume` for a part of a store whose home is elsewhere.
+    /// `half_made`, `uncommitted`, `committed`, `volume` for a part of a store whose home is elsewhere, or
+    /// `unfinished_folder` for the output of a process that died while it wrote it.
     remains: &'static str,
     /// Whether a state may be lost with it.
     may_hold_state: bool,
@@ -98,6 +101,7 @@ pub(crate) fn run(arguments: &GcArguments) -> anyhow::Result<()> {
         }
         report.directories.push(entry);
     }
+    folders::sweep(arguments, &mut report, &mut failures)?;
     if let Some(json) = json {
         json.write(&report)?;
     }

@@ -7,6 +7,7 @@ use clap::Args;
 use overspill_io::BackendChoice;
 use overspill_swap::Durability;
 use overspill_train::ByteSize;
+use overspill_train::storage::StorageNeed;
 use overspill_train::transfer::{self, ImportOptions, Imported};
 
 use crate::args::DurabilityChoice;
@@ -52,7 +53,8 @@ pub(crate) fn run(arguments: &ImportArguments) -> anyhow::Result<()> {
         backend: arguments.backend,
     };
     let bar = Moved::new("importing", std::io::stderr().is_terminal());
-    let result = transfer::import(&options, &stop, &mut |done, total| bar.show(done, total));
+    let mut announce = |need: StorageNeed| output::say(&format!("taking {need}"));
+    let result = transfer::import(&options, &stop, &mut announce, &mut |done, total| bar.show(done, total));
     bar.finish();
     let imported = result?;
     if let Some(json) = json {
@@ -69,6 +71,7 @@ fn table(imported: &Imported, arguments: &ImportArguments) -> Table {
     table.line("store", i.store.display());
     table.line("after step", i.step);
     table.line("parameters", thousands(i.parameters));
+    table.line("storage", ByteSize(i.storage_bytes));
     table.line("written", format!("{} in {:.1} s", ByteSize(i.bytes_written), i.elapsed_seconds));
     table.line(
         "to go on",

@@ -4,11 +4,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 use overspill_swap::{Fragmentation, Generation, GenerationState, Owner, Survey};
-use overspill_train::ByteSize;
+use overspill_train::{ByteSize, reading};
 use serde::Serialize;
 
 use crate::output::{self, JsonFile};
-use crate::store;
 use crate::table::{Table, thousands};
 
 #[derive(Debug, Args)]
@@ -31,7 +30,7 @@ pub(crate) struct InspectArguments {
 struct Report {
     /// The store's home.
     directory: PathBuf,
-    /// All its directories, the home first.
+    /// All its directories that were looked at, the home first.
     directories: Vec<PathBuf>,
     /// Whether a running process has it open.
     in_use: bool,
@@ -62,7 +61,7 @@ struct Report {
 
 /// One generation.
 #[derive(Debug, Serialize)]
-struct GenerationReport {
+pub(crate) struct GenerationReport {
     /// `committed`, `previous` or `snapshot`.
     kind: &'static str,
     /// Name of the snapshot.
@@ -107,13 +106,16 @@ struct TensorReport {
 
 pub(crate) fn run(arguments: &InspectArguments) -> anyhow::Result<()> {
     let json = arguments.json.as_deref().map(JsonFile::prepare).transpose()?;
-    let survey = Survey::of(&store::resolve_all(&arguments.directories))?;
+    let survey = Survey::of(&reading::stores_in(&arguments.directories))?;
     let report = Report::new(survey, arguments.tensors);
     if let Some(json) = json {
         json.write(&report)?;
     }
     output::show(&report.table())?;
-    output::show(&format!("\n{}", report.generations_table()))?;
+    match report.generations.is_empty() {
+        true => output::show(&"\nnothing was committed\n")?,
+        false => output::show(&format!("\n{}", generations_table(&report.generations)))?,
+    }
     match &report.tensors {
         Some(tensors) => output::show(&format!("\n{}", tensors_table(tensors))),
         None => Ok(()),
@@ -208,28 +210,10 @@ impl Report {
         }
         table
     }
-
-    fn generations_table(&self) -> Table {
-        let mut table = Table::default();
-        let head = ["generation", "number", "step", "tensors", "size", "manifest"];
-        table.row(head.map(str::to_owned));
-        let number = |number: Option<u64>| number.map_or("?".to_owned(), thousands);
-        for state in &self.generations {
-            let name = state.name.as_ref().map_or(state.kind.to_owned(), |name| format!("snapshot {name}"));
-            let size = state.tensor_bytes.map_or("?".to_owned(), |bytes| ByteSize(bytes).to_string());
-            let tensors = number(state.tensor_count.map(|count| count as u64));
-            let whole = state.reason.clone().unwrap_or_else(|| "whole".to_owned());
-            table.row([name, number(state.generation), number(state.step), tensors, size, whole]);
-        }
-        if self.generations.is_empty() {
-            table.row(["nothing was committed".to_owned()]);
-        }
-        table
-    }
 }
 
 impl GenerationReport {
-    fn new(state: &GenerationState) -> Self {
+    pub(crate) fn new(state: &GenerationState) -> Self {
         let (kind, name) = kind_and_name(&state.generation);
         let manifest = state.manifest.as_ref();
         Self {
@@ -243,6 +227,22 @@ impl GenerationReport {
             reason: state.flaw.as_ref().map(ToString::to_string),
         }
     }
+}
+
+/// Generations, one per row.
+pub(crate) fn generations_table(generations: &[GenerationReport]) -> Table {
+    let mut table = Table::default();
+    let head = ["generation", "number", "step", "tensors", "size", "manifest"];
+    table.row(head.map(str::to_owned));
+    let number = |number: Option<u64>| number.map_or("?".to_owned(), thousands);
+    for state in generations {
+        let name = state.name.as_ref().map_or(state.kind.to_owned(), |name| format!("snapshot {name}"));
+        let size = state.tensor_bytes.map_or("?".to_owned(), |bytes| ByteSize(bytes).to_string());
+        let tensors = number(state.tensor_count.map(|count| count as u64));
+        let whole = state.reason.clone().unwrap_or_else(|| "whole".to_owned());
+        table.row([name, number(state.generation), number(state.step), tensors, size, whole]);
+    }
+    table
 }
 
 /// What a generation is called in files of numbers.

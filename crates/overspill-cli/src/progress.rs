@@ -83,13 +83,10 @@ impl Observer for Progress {
         };
         let (parameters, state) = (thousands(run.parameters as u64), ByteSize(run.state_bytes));
         self.say(&format!("training {parameters} parameters ({state} of state) {memory}"));
-        if let Some(bytes) = run.storage_bytes {
+        if let Some(storage) = run.storage {
             let steps = run.steps.saturating_sub(run.steps_finished);
             let written = Decimal(run.bytes_to_write.unwrap_or(0));
-            self.say(&format!(
-                "taking {} of storage; will write about {written} in {steps} steps",
-                ByteSize(bytes)
-            ));
+            self.say(&format!("taking {storage}; will write about {written} in {steps} steps"));
         }
         if let Some(reason) = run.degraded_reason {
             self.noted(reason);

@@ -7,9 +7,13 @@ use std::path::PathBuf;
 use clap::Args;
 use overspill_io::BackendChoice;
 use overspill_swap::{Examination, Generation, Scope, Store, StoreError, Verdict};
+use overspill_train::reading;
+use serde::Serialize;
 
+use crate::inspect::kind_and_name;
+use crate::output::{self, JsonFile};
 use crate::store::{self, Reader};
-use crate::{interrupt, output, verify};
+use crate::{interrupt, verify};
 
 #[derive(Debug, Args)]
 pub(crate) struct RestoreArguments {
@@ -36,12 +40,34 @@ pub(crate) struct RestoreArguments {
     /// How bytes are moved: auto, io_uring, aio or threads
     #[arg(long, value_name = "NAME", default_value = "auto", env = "OVERSPILL_BACKEND")]
     backend: BackendChoice,
+
+    /// Write what was done to this file; - is standard output
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// What was done. What is not known is null.
+#[derive(Debug, Serialize)]
+struct Report {
+    /// The store's home.
+    directory: PathBuf,
+    /// What was gone back to: `snapshot` or `previous`.
+    kind: &'static str,
+    /// Name of the snapshot.
+    name: Option<String>,
+    /// Number of the committed generation, as it is now.
+    generation: u64,
+    /// Its step.
+    step: Option<u64>,
+    /// Whether every byte of it was read before.
+    checked: bool,
 }
 
 pub(crate) fn run(arguments: &RestoreArguments) -> anyhow::Result<()> {
     let stop = interrupt::stop_flag()?;
-    let mut directories = vec![store::resolve(&arguments.directory)];
-    directories.extend(store::resolve_all(&arguments.volume));
+    let json = arguments.json.as_deref().map(JsonFile::prepare).transpose()?;
+    let mut directories = vec![reading::store_in(&arguments.directory)];
+    directories.extend(reading::stores_in(&arguments.volume));
     let target = arguments.name.clone().map_or(Generation::Previous, Generation::Snapshot);
     if arguments.unchecked {
         store::alone(match &target {
@@ -59,7 +85,17 @@ pub(crate) fn run(arguments: &RestoreArguments) -> anyhow::Result<()> {
         }
         examination.restore(&target)?;
     }
-    let step = Store::committed(&directories[0])?.step().map(|step| format!(", step {step}"));
+    let committed = Store::committed(&directories[0])?;
+    let step = committed.step().map(|step| format!(", step {step}"));
     output::say(&format!("{target} is the committed generation now{}", step.unwrap_or_default()));
-    Ok(())
+    let Some(json) = json else { return Ok(()) };
+    let (kind, name) = kind_and_name(&target);
+    json.write(&Report {
+        directory: directories.swap_remove(0),
+        kind,
+        name,
+        generation: committed.generation,
+        step: committed.step(),
+        checked: !arguments.unchecked,
+    })
 }

@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use anyhow::bail;
 use clap::Args;
 use overspill_io::BackendChoice;
 use overspill_swap::{Damage, Damaged, Examination, Findings, Generation, Scope, Verdict};
-use overspill_train::{ByteSize, TrainError};
+use overspill_train::{ByteSize, TrainError, reading};
 use serde::Serialize;
 
 use crate::inspect::kind_and_name;
@@ -38,7 +38,10 @@ pub(crate) struct VerifyArguments {
 /// What was found. Sizes are bytes; checksums are XXH3-64, in hexadecimal; what is not known is null.
 #[derive(Debug, Serialize)]
 struct Report {
+    /// The store's home.
     directory: PathBuf,
+    /// All its directories that were read, the home first.
+    directories: Vec<PathBuf>,
     /// Whether the committed generation and all snapshots are what was stored.
     whole: bool,
     generations: Vec<VerdictReport>,
@@ -88,12 +91,12 @@ struct DamagedReport {
 pub(crate) fn run(arguments: &VerifyArguments) -> anyhow::Result<()> {
     let stop = interrupt::stop_flag()?;
     let json = arguments.json.as_deref().map(JsonFile::prepare).transpose()?;
-    let directories = store::resolve_all(&arguments.directories);
-    let reader = Reader::start(&directories, arguments.backend)?;
+    let reader = Reader::start(&reading::stores_in(&arguments.directories), arguments.backend)?;
+    let directories = reader.directories();
     let began = Instant::now();
     let examination = store::alone(Examination::begin(&reader.volumes))?;
     let findings = read(&examination, &reader, Scope::Everything, &stop)?;
-    let report = Report::new(&directories[0], &findings, began.elapsed().as_secs_f64());
+    let report = Report::new(directories.clone(), &findings, began.elapsed().as_secs_f64());
     if let Some(json) = json {
         json.write(&report)?;
     }
@@ -137,7 +140,8 @@ fn in_words(verdict: &Verdict) -> String {
 }
 
 impl Report {
-    fn new(directory: &Path, findings: &Findings, elapsed_seconds: f64) -> Self {
+    fn new(directories: Vec<PathBuf>, findings: &Findings, elapsed_seconds: f64) -> Self {
+        let directory = directories.first().cloned().unwrap_or_default();
         let promised = findings.verdicts.iter().filter(|verdict| verdict.generation != Generation::Previous);
         let whole = promised.clone().count() > 0
             && promised.clone().any(|verdict| verdict.generation == Generation::Committed)
@@ -165,7 +169,8 @@ impl Report {
             }
         };
         Self {
-            directory: directory.to_owned(),
+            directory,
+            directories,
             whole,
             generations: findings.verdicts.iter().map(verdict).collect(),
             damaged: findings.damaged.iter().map(DamagedReport::new).collect(),
@@ -203,7 +208,10 @@ impl Report {
             text += &format!("{damaged}\n");
         }
         let gbps = self.bytes_read as f64 / 1e9 / self.elapsed_seconds.max(1e-9);
-        text += &format!("read {} at {gbps:.2} GB/s\n", ByteSize(self.bytes_read));
+        let directories: Vec<String> =
+            self.directories.iter().map(|path| path.display().to_string()).collect();
+        let read = ByteSize(self.bytes_read);
+        text += &format!("read {read} at {gbps:.2} GB/s from {}\n", directories.join(" and "));
         text
     }
 }

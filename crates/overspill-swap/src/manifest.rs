@@ -57,8 +57,8 @@ pub struct Manifest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LaneRecord {
-    /// Its name, if it lies beside the manifest, or else its path. It is for people: bytes that are no UTF-8 are
-    /// replaced, and disks may be mounted elsewhere later.
+    /// Its name, if it lies beside the manifest, or else its absolute path. Bytes that are no UTF-8 are replaced, and
+    /// disks may be mounted elsewhere later: what is found there is compared with the store's label.
     pub file: String,
     /// Its share of the stripes.
     pub weight: u32,

@@ -5,28 +5,26 @@
 //! output folder with all the room it will need, and the store in directories that the run makes, and removes if they are
 //! not to be kept.
 
+mod prepared;
+
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use overspill_io::Pool;
 use overspill_optim::Isa;
 use overspill_swap::Durability;
 
-use crate::checkpoint::{Checkpoint, CheckpointWriter};
-use crate::config::{self, ModelConfig};
-use crate::data::{Batches, Corpus, Tokenizer};
+use self::prepared::Prepared;
+use crate::checkpoint::CheckpointWriter;
 use crate::error::{TrainError, check_stop};
 use crate::home::{Home, IoReport, Left, MemoryHome, Site, SwappedHome};
-use crate::identity::{Identity, ModelOrigin};
-use crate::init::Initializer;
-use crate::layout::{ModelLayout, UnitLayout};
-use crate::options::{ModelChoice, Residence, RunOptions, StorageChoice};
-use crate::plan::{Fixed, MemoryPlan};
-use crate::report::{self, Ledger, Measured, Summary, VolumeSummary};
+use crate::options::{Residence, RunOptions, StorageChoice};
+use crate::report::{Ledger, Measured, Summary, VolumeSummary};
+use crate::storage::StorageNeed;
 use crate::trainer::{Commit, Settings, StepReport, Trainer};
 use crate::volumes::{Opened, Volumes};
-use crate::wear::{Forecast, Place, RATE_STEPS, Rated};
+use crate::wear::{Place, RATE_STEPS, Rated};
 
 /// Hears how a run gets on.
 pub trait Observer {
@@ -59,8 +57,8 @@ pub struct RunFacts<'a> {
     pub tokens_per_step: usize,
     /// Steps of the run.
     pub steps: u64,
-    /// Bytes that the state takes on storage; `None` when it is in memory.
-    pub storage_bytes: Option<u64>,
+    /// What the state takes on storage; `None` when it is in memory.
+    pub storage: Option<StorageNeed>,
     /// Bytes that the steps to come will write, and the first state; `None` when it is in memory.
     pub bytes_to_write: Option<u64>,
     /// Steps that earlier runs have finished.
@@ -128,65 +126,7 @@ struct Course {
     commit: Commit,
 }
 
-/// Everything that was checked before anything was made.
-struct Prepared {
-    config: ModelConfig,
-    layout: ModelLayout,
-    checkpoint: Option<Checkpoint>,
-    tokenizer: Tokenizer,
-    batches: Batches,
-    plan: MemoryPlan,
-}
-
 impl Prepared {
-    /// Checks everything; `volumes` are where the state will live, if that is on storage.
-    fn new(options: &RunOptions, volumes: Option<&Volumes>, stop: &AtomicBool) -> Result<Self, TrainError> {
-        let shape = options.shape.checked()?;
-        let (config, tokenizer, checkpoint) = match &options.model {
-            ModelChoice::Fresh(fresh) => (fresh.config(shape)?, Tokenizer::Bytes, None),
-            ModelChoice::Folder(folder) => {
-                let checkpoint = Checkpoint::open(folder)?;
-                (checkpoint.config().clone(), Tokenizer::open(folder)?, Some(checkpoint))
-            }
-        };
-        let layout = ModelLayout::new(&config);
-        if let Some(out) = &options.out {
-            CheckpointWriter::check_destination(out)?;
-        }
-        let (fixed, budget) = match &options.residence {
-            Residence::Memory => (Fixed::depth(Some(0)), usize::MAX),
-            Residence::Storage(storage) => {
-                let tile_bytes = volumes.and_then(Volumes::committed).and_then(Identity::tile_bytes);
-                {
-                    let resident_bytes_max = storage.resident_bytes_max;
-                    (Fixed { depth: storage.depth, tile_bytes, resident_bytes_max }, options.memory)
-                }
-            }
-        };
-        let engines_bytes = volumes.map_or(0, Volumes::memory_bytes);
-        let plan = |held| MemoryPlan::new(&config, &layout, shape, fixed, engines_bytes + held, budget);
-        // The tokenizer is in memory already, and nobody but the system knows how large it is.
-        let tokenizer_bytes = match &tokenizer {
-            Tokenizer::Bytes => 0,
-            Tokenizer::Json(_) => held_since(options.baseline_rss_bytes),
-        };
-        plan(tokenizer_bytes)?;
-        let held_bytes = engines_bytes + tokenizer_bytes;
-        let least = MemoryPlan::least_bytes(&config, &layout, shape, fixed, held_bytes);
-        let corpus = match options.data.as_slice() {
-            [] => Corpus::embedded(&tokenizer)?,
-            files => Corpus::read(files, &tokenizer, budget - least, stop)?,
-        };
-        let batches = Batches::new(corpus, config.vocab, shape.batch, options.seed)?;
-        let plan = plan(tokenizer_bytes + batches.corpus().memory_bytes())?;
-        if let (Some(volumes), Residence::Storage(StorageChoice { resume: false, durability, .. })) =
-            (volumes, &options.residence)
-        {
-            volumes.check(plan.storage_bytes(&layout, *durability))?;
-        }
-        Ok(Self { config, layout, checkpoint, tokenizer, batches, plan })
-    }
-
     fn in_memory(
         self,
         options: &RunOptions,
@@ -261,113 +201,6 @@ impl Prepared {
         };
         let course = Course { finished, commit };
         self.train(options, home, course, &transport, out, finish, stop, observer)
-    }
-
-    /// Everything that the numbers of the run depend on.
-    fn identity(&self, options: &RunOptions) -> Identity {
-        let RunOptions { shape, schedule, weight_decay, clip, adamw, seed, .. } = options;
-        let digest = format!("{:016x}", self.batches.corpus().digest());
-        let config = match &self.checkpoint {
-            Some(checkpoint) => checkpoint.config_fields().clone(),
-            None => self.config.to_fields(),
-        };
-        // Whoever takes the state out may be somewhere else then.
-        let tokenizer = self.tokenizer.folder().map(config::absolute);
-        let start = if self.checkpoint.is_some() { "a folder's weights" } else { "fresh weights" };
-        Identity::default()
-            .with("the model", &format!("{:?}", self.config))
-            .with("--model", &start)
-            .with("the text", &digest)
-            .with("--batch", &shape.batch.batch)
-            .with("--seq", &shape.batch.seq)
-            .with("--accumulate", &shape.accumulate)
-            .with("the schedule (--lr, --warmup, --steps)", &format!("{schedule:?}"))
-            .with("--weight-decay", weight_decay)
-            .with("--clip", &format!("{clip:?}"))
-            .with("AdamW", &format!("{adamw:?}"))
-            .with("--seed", seed)
-            .of_model(ModelOrigin { config, tokenizer })
-    }
-
-    /// The output folder, with all the room it will need, so that no run ends on a full disk.
-    fn out(&self, options: &RunOptions) -> Result<Option<CheckpointWriter>, TrainError> {
-        let create = |out: &PathBuf| match &self.checkpoint {
-            Some(source) => CheckpointWriter::create_from(out, source, &self.layout, &self.tokenizer),
-            None => CheckpointWriter::create(out, &self.config, &self.layout, &self.tokenizer),
-        };
-        Ok(options.out.as_ref().map(create).transpose()?)
-    }
-
-    /// Where first weights come from.
-    fn source<'a>(
-        &'a self,
-        options: &RunOptions,
-        stop: &'a AtomicBool,
-        observer: &'a mut dyn Observer,
-    ) -> impl FnMut(&UnitLayout, &mut [f32]) -> Result<(), TrainError> + use<'a> {
-        let initializer = Initializer::new(&self.config, &self.layout, options.seed);
-        let units = self.layout.units().len();
-        let mut done = 0;
-        move |unit, weights| {
-            check_stop(stop)?;
-            match &self.checkpoint {
-                Some(checkpoint) => checkpoint.read_unit(unit, weights)?,
-                None => initializer.fill(unit, weights),
-            }
-            done += 1;
-            observer.initialized(done, units);
-            Ok(())
-        }
-    }
-
-    /// Weights, gradients and both moments.
-    fn state_bytes(&self) -> u64 {
-        4 * self.layout.padded_bytes() as u64
-    }
-
-    /// Says what is about to happen, after what was `committed`.
-    fn announce(
-        &self,
-        options: &RunOptions,
-        transport: &Transport,
-        committed: Option<&serde_json::Value>,
-        observer: &mut dyn Observer,
-    ) {
-        let steps = options.schedule.steps;
-        let steps_finished = committed.and_then(|meta| meta["step"].as_u64()).unwrap_or(0);
-        let forecast = self.forecast(options);
-        let bytes_to_write = match committed {
-            Some(_) => forecast.steps(steps.saturating_sub(steps_finished)),
-            None => forecast.run(steps),
-        };
-        observer.started(&RunFacts {
-            parameters: self.layout.numel(),
-            state_bytes: self.state_bytes(),
-            memory_budget_bytes: budget(options),
-            tokens_per_step: options.shape.tokens(),
-            steps,
-            steps_finished,
-            bytes_to_write: budget(options).map(|_| bytes_to_write),
-            storage_bytes: match &options.residence {
-                Residence::Memory => None,
-                Residence::Storage(storage) => {
-                    Some(self.plan.storage_bytes(&self.layout, storage.durability))
-                }
-            },
-            backend: &transport.name,
-            degraded_reason: transport.degraded.as_deref(),
-        });
-        for note in &transport.notes {
-            observer.noted(note);
-        }
-    }
-
-    fn forecast(&self, options: &RunOptions) -> Forecast {
-        let durability = match &options.residence {
-            Residence::Memory => Durability::None,
-            Residence::Storage(storage) => storage.durability,
-        };
-        Forecast::new(&self.config, &self.layout, &self.plan, durability)
     }
 
     #[expect(clippy::too_many_arguments, reason = "all that was made for the run, to be used up")]
@@ -484,10 +317,4 @@ fn places(volumes: &[VolumeSummary]) -> Vec<Place> {
 /// The memory budget, when there is one.
 fn budget(options: &RunOptions) -> Option<u64> {
     matches!(options.residence, Residence::Storage(_)).then_some(options.memory as u64)
-}
-
-/// Resident memory that came since the process began, in whole MiB.
-fn held_since(baseline_rss_bytes: u64) -> usize {
-    let resident = report::memory_of_process("VmRSS").unwrap_or(0);
-    (resident.saturating_sub(baseline_rss_bytes) as usize).next_multiple_of(1 << 20)
 }

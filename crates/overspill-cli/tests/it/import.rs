@@ -150,6 +150,26 @@ fn what_cannot_be_imported_is_refused_and_leaves_nothing() {
 }
 
 #[test]
+fn the_space_that_an_import_takes_is_said_before_it_is_taken() {
+    let place = with_disks(&["disk", "other"]);
+    place.trained(&["--out", "model"]);
+    let ended = place.run(&["import", "model", "--swap-dir", "disk", "--json", "numbers.json"]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    let step =
+        overspill_train::ByteSize(read_json(&place.path("numbers.json"))["storage_bytes"].as_u64().unwrap());
+    let ended = place.run(&["import", "model", "--swap-dir", "other", "--durability", "none", "--json", "-"]);
+    let numbers: Value = serde_json::from_str(&ended.stdout).unwrap();
+    let none = overspill_train::ByteSize(numbers["storage_bytes"].as_u64().unwrap());
+    let said = format!("taking {none} of storage (--durability step would take {step})");
+    assert_eq!(ended.stderr.trim(), said);
+    // What cannot be taken is said, too.
+    let refused = place.run(&["import", "model", "--swap-dir", "disk"]);
+    refused.refused(&["already exists"]);
+    let said = format!("taking {step} of storage (--durability none would take {none})");
+    assert!(refused.stderr.starts_with(&said), "{}", refused.stderr);
+}
+
+#[test]
 fn an_import_that_is_killed_leaves_nothing_that_could_be_resumed() {
     let place = with_disks(&["0", "2", "5", "10"]);
     let shape = ["--layers", "8", "--hidden", "256", "--heads", "4", "--ffn", "768"];

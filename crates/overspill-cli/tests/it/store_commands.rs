@@ -3,10 +3,11 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::command::{Ended, Place, read_json};
+use crate::command::{Ended, Place, SMALL, read_json};
 
 /// A folder with the state of a run of three steps.
 fn kept() -> Place {
@@ -145,6 +146,7 @@ fn a_flipped_bit_is_named_and_the_way_back_is_said_and_works() {
         &whole,
         &[
             "directory",
+            "directories",
             "whole",
             "generations",
             "damaged",
@@ -260,11 +262,15 @@ fn a_store_over_several_disks_is_found_from_its_home_or_by_all_its_directories()
     well(place.train(&["--swap-dir", "one,two", "--keep", "--quiet"]));
     for directories in [&["one"][..], &["one", "two"]] {
         let shown = numbers(&place, &[&["inspect"], directories].concat());
+        // What was found in the manifest is said as it is there, what was named as it was named.
+        let two = if directories.len() == 1 { place.path("two") } else { "two".into() };
+        let two = Value::from(two.join("overspill-store").to_str().unwrap());
+        assert_eq!((&shown["directories"][1], shown["files"].as_array().unwrap().len()), (&two, 2));
+        let verified = numbers(&place, &[&["verify"], directories].concat());
         assert_eq!(
-            (&shown["directories"][1], shown["files"].as_array().unwrap().len()),
-            (&"two/overspill-store".into(), 2)
+            (&verified["whole"], &verified["directories"]),
+            (&true.into(), &Value::from(vec!["one/overspill-store".into(), two]))
         );
-        assert_eq!(numbers(&place, &[&["verify"], directories].concat())["whole"], true);
     }
     place.run(&["verify", "two"]).refused(&["no committed state"]);
     place.run(&["snapshot", "two", "s"]).refused(&["not the first directory of its store"]);
@@ -272,6 +278,156 @@ fn a_store_over_several_disks_is_found_from_its_home_or_by_all_its_directories()
     place.run(&["verify", "one"]).refused(&["give all directories"]);
     well(place.run(&["verify", "one", "moved"]));
     well(place.run(&["restore", "one", "--previous", "--volume", "moved"]));
+}
+
+#[test]
+fn a_store_over_several_disks_is_found_from_any_working_directory_and_a_copy_says_what_it_read() {
+    let place = Place::new();
+    for name in ["one", "two", "copy", "copy/one", "copy/two", "elsewhere"] {
+        fs::create_dir(place.path(name)).unwrap();
+    }
+    well(place.train(&["--swap-dir", "one,two", "--keep", "--quiet"]));
+    let from_elsewhere = |arguments: &[&str]| {
+        let output = place.command(arguments).current_dir(place.path("elsewhere")).output().unwrap();
+        well(Ended::of(&output))
+    };
+    from_elsewhere(&["verify", "../one"]);
+    from_elsewhere(&["export", "../one", "out"]);
+    for disk in ["one", "two"] {
+        let to = place.path("copy").join(disk).join("overspill-store");
+        fs::create_dir(&to).unwrap();
+        for entry in fs::read_dir(place.path(disk).join("overspill-store")).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    }
+    // Of the second disk of a copy nobody knows but who made it.
+    let original = place.path("two/overspill-store");
+    let verified = well(place.run(&["verify", "copy/one"])).stdout;
+    let read = format!("from copy/one/overspill-store and {}\n", original.display());
+    assert!(verified.ends_with(&read), "{verified}");
+    let exported = numbers(&place, &["export", "copy/one", "out"]);
+    assert_eq!(
+        exported["directories"],
+        Value::from(vec!["copy/one/overspill-store", original.to_str().unwrap()])
+    );
+    assert!(well(place.run(&["inspect", "copy/one"])).stdout.contains(original.to_str().unwrap()));
+    let exported = well(place.run(&["export", "copy/one,copy/two", "own"])).stdout;
+    assert!(exported.contains("copy/two/overspill-store"), "{exported}");
+    let verified = numbers(&place, &["verify", "copy/one", "copy/two"]);
+    assert_eq!(
+        verified["directories"],
+        Value::from(vec!["copy/one/overspill-store", "copy/two/overspill-store"])
+    );
+}
+
+#[test]
+fn the_store_of_a_run_is_meant_whatever_else_lies_in_its_swap_directory() {
+    let place = kept();
+    for name in ["lock", "manifest"] {
+        place.file(&format!("swap/{name}"), "somebody else's");
+    }
+    for command in ["inspect", "verify"] {
+        assert_eq!(numbers(&place, &[command, "swap"])["directory"], "swap/overspill-store");
+    }
+    assert_eq!(numbers(&place, &["export", "swap", "out"])["store"], "swap/overspill-store");
+    well(place.run(&["snapshot", "swap", "best"]));
+    well(place.run(&["restore", "swap", "best"]));
+}
+
+#[test]
+fn what_snapshot_and_restore_did_has_stable_names() {
+    let place = kept();
+    assert_eq!(well(place.run(&["snapshot", "swap"])).stdout, "no snapshots\n");
+    assert_eq!(numbers(&place, &["snapshot", "swap"])["snapshots"], Value::Array(Vec::new()));
+    let made = numbers(&place, &["snapshot", "swap", "best"]);
+    let names = ["directory", "name", "deleted", "generation", "step", "owner_pid", "at_next_commit"];
+    has_names(&made, &names);
+    assert_eq!(
+        (&made["directory"], &made["name"], &made["deleted"], &made["step"]),
+        (&"swap/overspill-store".into(), &"best".into(), &false.into(), &3.into())
+    );
+    assert_eq!((&made["owner_pid"], &made["at_next_commit"]), (&Value::Null, &false.into()));
+
+    let listed = numbers(&place, &["snapshot", "swap"]);
+    has_names(&listed, &["directory", "snapshots"]);
+    let [best] = &listed["snapshots"].as_array().unwrap()[..] else { panic!("{listed}") };
+    // As `inspect` shows it.
+    assert_eq!(*best, numbers(&place, &["inspect", "swap"])["generations"][2]);
+    let table = well(place.run(&["snapshot", "swap"])).stdout;
+    assert!(table.contains("snapshot best") && !table.contains("committed"), "{table}");
+
+    let names = ["directory", "kind", "name", "generation", "step", "checked"];
+    let restored = numbers(&place, &["restore", "swap", "--previous"]);
+    has_names(&restored, &names);
+    assert_eq!(
+        (&restored["kind"], &restored["name"], &restored["step"], &restored["checked"]),
+        (&"previous".into(), &Value::Null, &2.into(), &true.into())
+    );
+    let restored = numbers(&place, &["restore", "swap", "best", "--unchecked"]);
+    assert_eq!(
+        (&restored["kind"], &restored["name"], &restored["step"], &restored["checked"]),
+        (&"snapshot".into(), &"best".into(), &3.into(), &false.into())
+    );
+    assert_eq!(restored["generation"], numbers(&place, &["inspect", "swap"])["generation"]);
+
+    let deleted = numbers(&place, &["snapshot", "swap", "best", "--delete"]);
+    assert_eq!(
+        (&deleted["deleted"], &deleted["generation"], &deleted["step"]),
+        (&true.into(), &made["generation"], &3.into())
+    );
+    for incomplete in [&["snapshot", "swap", "--delete"][..], &["snapshot", "swap", "--wait", "1"]] {
+        assert_eq!(place.run(incomplete).status, Some(2), "the name is missing");
+    }
+    place.run(&["snapshot", "swap", "gone", "--delete", "--json", "n.json"]).refused(&["no snapshot gone"]);
+    assert!(!place.path("n.json").exists());
+    place.run(&["snapshot", "."]).refused(&["not a directory of a store"]);
+}
+
+#[test]
+fn gc_finds_the_folder_that_a_killed_process_was_writing_and_leaves_those_of_the_living() {
+    let place = Place::new();
+    let begin = |out: &str| {
+        let run = [&["train"], &SMALL[..SMALL.len() - 2], &["--steps", "1000000", "--quiet"]].concat();
+        let name = format!(".{out}.partial-");
+        let mut command = place.command(&[&run[..], &["--out", out]].concat());
+        let child = place.until_there_is(&name, &mut command);
+        // The folder takes its full size before the first step.
+        let model = place.path(&format!("{name}{}/model.safetensors", child.id()));
+        let began = Instant::now();
+        while fs::metadata(&model).map_or(0, |found| found.len()) < 100_000 {
+            assert!(began.elapsed() < Duration::from_secs(60), "no model in time");
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        child
+    };
+    let (mut dead, mut living) = (begin("dead"), begin("living"));
+    dead.kill().unwrap();
+    dead.wait().unwrap();
+    let hidden = place.path(&format!(".living.partial-{}", living.id()));
+    let listed = numbers(&place, &["gc"]);
+    let folders = |listed: &Value| -> Vec<Value> {
+        let entries = listed["directories"].as_array().unwrap().iter();
+        entries.filter(|entry| entry["remains"] == "unfinished_folder").cloned().collect()
+    };
+    let [left, written] = &folders(&listed)[..] else { panic!("{listed}") };
+    assert_eq!(left["path"], format!("./.dead.partial-{}", dead.id()));
+    assert_eq!((&left["in_use"], &left["may_hold_state"]), (&false.into(), &false.into()));
+    assert!(left["bytes_on_disk"].as_u64() > Some(100_000), "{left}");
+    assert_eq!((&written["in_use"], &written["owner_pid"]), (&true.into(), &living.id().into()));
+    let table = well(place.run(&["gc"])).stdout;
+    assert!(table.contains("a folder that was not finished"), "{table}");
+    assert!(place.names().iter().any(|name| name.starts_with(".dead.partial-")), "nothing goes unasked");
+
+    let removed = numbers(&place, &["gc", "--remove"]);
+    let [left, written] = &folders(&removed)[..] else { panic!("{removed}") };
+    assert_eq!((&left["removed"], &written["removed"]), (&true.into(), &false.into()));
+    assert!(!place.names().iter().any(|name| name.starts_with(".dead.partial-")));
+    assert!(hidden.join("model.safetensors").exists());
+    living.kill().unwrap();
+    living.wait().unwrap();
+    well(place.run(&["gc", "--remove"]));
+    assert!(place.names().is_empty(), "{:?}", place.names());
 }
 
 #[test]

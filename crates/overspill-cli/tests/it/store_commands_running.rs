@@ -4,9 +4,11 @@ use std::fs;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+use overspill_io::{BlockClass, Engine, EngineConfig, Pool};
+use overspill_swap::{View, Volume};
 use serde_json::Value;
 
-use crate::command::{Ended, Place, SMALL};
+use crate::command::{Ended, Place, SMALL, read_json};
 
 const BOUND: Duration = Duration::from_secs(120);
 
@@ -71,7 +73,11 @@ fn a_running_job_is_looked_at_and_its_snapshots_come_and_go() {
     let taken = running.run(&["snapshot", "swap", "best"]);
     assert_eq!(taken.status, Some(0), "{}", taken.stderr);
     assert_eq!(taken.stderr.lines().count(), 1, "{}", taken.stderr);
-    assert!(taken.stderr.contains(&format!("note: waiting for the next commit of process {pid}")));
+    assert!(
+        taken
+            .stderr
+            .contains(&format!("note: waiting until process {pid}, which has the store open, commits"))
+    );
     assert!(running.has("snapshot.best") && !running.has("wish.best"));
     let shown = running.numbers(&["inspect", "swap"]);
     assert_eq!((&shown["in_use"], &shown["owner_pid"]), (&true.into(), &pid.into()));
@@ -87,13 +93,19 @@ fn a_running_job_is_looked_at_and_its_snapshots_come_and_go() {
     assert_eq!((&listed["directories"][0]["in_use"], &listed["removed_bytes"]), (&true.into(), &0.into()));
     assert!(running.has("data"));
 
-    let other = running.run(&["snapshot", "swap", "other"]);
-    assert_eq!(other.status, Some(0), "{}", other.stderr);
-    let deleted = running.run(&["snapshot", "swap", "other", "--delete"]);
+    let other = running.numbers(&["snapshot", "swap", "other"]);
+    assert_eq!((&other["owner_pid"], &other["at_next_commit"]), (&pid.into(), &true.into()));
+    assert!(other["step"].as_u64() >= step.as_u64() && other["generation"].is_u64(), "{other}");
+    let deleted = running.run(&["snapshot", "swap", "other", "--delete", "--json", "n.json"]);
     assert!(
         deleted.status == Some(0) && deleted.stderr.contains("free after its next commit"),
         "{}",
         deleted.stderr
+    );
+    let deleted = read_json(&running.place.path("n.json"));
+    assert_eq!(
+        (&deleted["deleted"], &deleted["owner_pid"], &deleted["at_next_commit"], &deleted["step"]),
+        (&true.into(), &pid.into(), &true.into(), &other["step"])
     );
     assert!(!running.has("snapshot.other"));
 
@@ -110,9 +122,11 @@ fn a_wish_is_taken_back_when_time_is_up_or_somebody_asks_to_stop() {
     // It commits at its end, which never comes.
     let mut running = Running::start(&["--durability", "none"]);
     running.until("there is a store", |run| run.has("data"));
-    running
-        .run(&["snapshot", "swap", "late", "--wait", "0"])
-        .refused(&["no commit of swap/overspill-store within 0 s"]);
+    running.run(&["snapshot", "swap", "late", "--wait", "0"]).refused(&[
+        "swap/overspill-store",
+        "neither committed nor ended within 0 s",
+        "--durability none",
+    ]);
     assert!(!running.has("wish.late"));
     let waiting = running.place.command(&["snapshot", "swap", "late"]).spawn().unwrap();
     running.until("there is a wish", |run| run.has("wish.late"));
@@ -136,6 +150,31 @@ fn who_waits_for_a_job_that_is_killed_takes_the_snapshot_or_says_why_not() {
     let removed = running.numbers(&["gc", "swap", "--remove"]);
     assert_eq!(removed["directories"][0]["removed"], true, "{removed}");
     assert!(!running.place.path("swap/overspill-store").exists());
+}
+
+#[test]
+fn who_waits_for_a_process_that_only_reads_has_the_snapshot_when_that_ends() {
+    let place = Place::new();
+    fs::create_dir(place.path("swap")).unwrap();
+    let ended = place.train(&["--swap-dir", "swap", "--keep", "--quiet"]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    let pool = Pool::new(&[BlockClass { name: "test", block_bytes: 1 << 16, count: 1 }]).unwrap();
+    let engine = Engine::start(EngineConfig::default(), &pool).unwrap();
+    let directory = place.path("swap/overspill-store");
+    let volume = Volume { directory: directory.clone(), engines: vec![engine], weight: 1 };
+    let reader = View::open(&[volume]).unwrap();
+    let waiting = place.command(&["snapshot", "swap", "late", "--json", "n.json"]).spawn().unwrap();
+    let began = Instant::now();
+    while !directory.join("wish.late").exists() {
+        assert!(began.elapsed() < BOUND, "no wish in time");
+        std::thread::park_timeout(Duration::from_millis(1));
+    }
+    drop(reader);
+    let ended = Ended::of(&waiting.wait_with_output().unwrap());
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    assert!(ended.stderr.contains("commits or ends"), "{}", ended.stderr);
+    assert_eq!(read_json(&place.path("n.json"))["step"], 3);
+    assert!(directory.join("snapshot.late").exists());
 }
 
 #[test]

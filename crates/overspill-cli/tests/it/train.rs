@@ -83,13 +83,17 @@ fn the_space_that_a_durability_takes_is_said_before_the_run() {
     let taken = |durability: &str| {
         let ended = place.train(&["--durability", durability]);
         assert_eq!(ended.status, Some(0), "{}", ended.stderr);
-        let said = ended.stderr.split("taking ").nth(1).unwrap().split(" of storage").next().unwrap();
-        let size: overspill_train::ByteSize = said.parse().unwrap();
-        size.0 as f64
+        let (taken, rest) =
+            ended.stderr.split("taking ").nth(1).unwrap().split_once(" of storage (").unwrap();
+        let other = rest.split_once(" would take ").unwrap().1.split(')').next().unwrap();
+        (taken.to_owned(), other.to_owned())
     };
+    let (step, none) = (taken("step"), taken("none"));
     // Weights and both moments twice; the gradient and two inputs once.
-    let ratio = taken("step") / taken("none");
+    let bytes = |size: &str| size.parse::<overspill_train::ByteSize>().unwrap().0 as f64;
+    let ratio = bytes(&step.0) / bytes(&none.0);
     assert!((1.6..1.8).contains(&ratio), "{ratio}");
+    assert_eq!(step, (none.1, none.0), "each says what the other would take");
 }
 
 #[test]

@@ -387,8 +387,11 @@ impl Store {
     fn lane_records(&self) -> Vec<LaneRecord> {
         let record = |lane: &Lane| {
             let path = lane.file.path();
-            let file = path.strip_prefix(self.path()).unwrap_or(path).to_string_lossy().into_owned();
-            LaneRecord { file, weight: lane.weight }
+            // Another volume is looked for from any working directory.
+            let absolute = || std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+            let beside = path.file_name().filter(|_| path.parent() == Some(self.path()));
+            let file = beside.map_or_else(absolute, PathBuf::from);
+            LaneRecord { file: file.to_string_lossy().into_owned(), weight: lane.weight }
         };
         self.inner.space.lanes().iter().map(record).collect()
     }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::unfinished::Writer;
 use crate::config::ConfigError;
 
 /// Why a folder could not be read as a model, or a model not be written to a folder.
@@ -156,6 +157,21 @@ pub enum CheckpointError {
         /// The other one.
         second: PathBuf,
     },
+    /// A folder that is not finished is being written.
+    #[error(
+        "{folder}: is being written{by}",
+        folder = folder.display(),
+        by = match writer {
+            Writer::Process { pid: Some(pid) } => format!(" by process {pid}"),
+            Writer::Process { pid: None } | Writer::Dead => String::new(),
+        }
+    )]
+    InUse {
+        /// The folder.
+        folder: PathBuf,
+        /// Who writes to it.
+        writer: Writer,
+    },
     /// The folder to be written is there already and holds something.
     #[error("{folder}: exists and is not an empty folder", folder = folder.display())]
     NotEmpty {
@@ -203,6 +219,10 @@ pub enum Action {
     Sync,
     /// Give a folder its final name.
     Rename,
+    /// List what is in a folder.
+    List,
+    /// Remove a file or folder.
+    Remove,
 }
 
 impl fmt::Display for Action {
@@ -214,6 +234,8 @@ impl fmt::Display for Action {
             Self::Write => "write",
             Self::Sync => "sync",
             Self::Rename => "rename",
+            Self::List => "list",
+            Self::Remove => "remove",
         })
     }
 }

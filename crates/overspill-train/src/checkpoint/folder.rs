@@ -15,7 +15,8 @@ use rustix::io::Errno;
 
 use super::plan::{self, Precision, ShardPlan, Stem, TensorPlan};
 use super::staging::Staging;
-use super::{Action, CheckpointError, header};
+use super::state::{self, STATE};
+use super::{Action, CONFIG, CheckpointError, MODEL, header};
 use crate::data::byte_level_files;
 
 /// How text becomes token ids.
@@ -25,6 +26,13 @@ const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// What goes with a model from the folder it was read from, where it is there.
 const COMPANIONS: [&str; 5] =
     [TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", "generation_config.json"];
+
+/// Whether a folder of tensors may have a file of this name from its writer.
+pub(super) fn is_made_name(name: &str) -> bool {
+    [CONFIG, STATE].contains(&name)
+        || COMPANIONS.contains(&name)
+        || [MODEL, state::STEM].iter().any(|stem| stem.names(name))
+}
 
 /// Numbers that are rounded at a time.
 const PIECE_ELEMENTS: usize = 1 << 16;

@@ -80,6 +80,22 @@ impl Stem {
     pub(super) fn index(self) -> String {
         format!("{}.safetensors.index.json", self.0)
     }
+
+    /// One of several files that tensors are in, from 0.
+    fn shard(self, index: usize, count: usize) -> String {
+        format!("{}-{:05}-of-{count:05}.safetensors", self.0, index + 1)
+    }
+
+    /// Whether a file of this name is one of those.
+    pub(super) fn names(self, name: &str) -> bool {
+        let is_shard = || {
+            let numbers = name.strip_prefix(self.0)?.strip_prefix('-')?.strip_suffix(".safetensors")?;
+            let (number, count) = numbers.split_once("-of-")?;
+            let (number, count): (usize, usize) = (number.parse().ok()?, count.parse().ok()?);
+            Some(name == self.shard(number.checked_sub(1)?, count))
+        };
+        name == self.single() || name == self.index() || is_shard() == Some(true)
+    }
 }
 
 /// Deals tensors, in their order, to files whose tensors take `shard_bytes_max` at most; a single one that is larger
@@ -103,7 +119,7 @@ pub(super) fn shards(
     let count = groups.len();
     let name = |index: usize| match count {
         1 => stem.single(),
-        _ => format!("{}-{:05}-of-{count:05}.safetensors", stem.0, index + 1),
+        _ => stem.shard(index, count),
     };
     groups.into_iter().enumerate().map(|(index, tensors)| ShardPlan { name: name(index), tensors }).collect()
 }

@@ -26,7 +26,12 @@ pub(super) struct Staging {
 struct Made {
     folder: PathBuf,
     files: Vec<PathBuf>,
+    /// Held as long as the folder is in the making, where the file system has locks: for whoever asks whether it is dead.
+    _lock: Option<File>,
 }
+
+/// Between the name of the folder in the making and the process that makes it.
+const PARTIAL: &str = ".partial-";
 
 /// Names that are tried for the hidden sibling: what a killed process left may have the first ones.
 const NAMES_MAX: u32 = 100;
@@ -36,7 +41,8 @@ impl Staging {
     pub(super) fn begin(target: &Path) -> Result<Self, CheckpointError> {
         let target = resolve(target)?;
         let folder = make_sibling(&target)?;
-        Ok(Self { target, made: Some(Made { folder, files: Vec::new() }) })
+        let lock = File::open(&folder).ok().filter(|folder| folder.try_lock().is_ok());
+        Ok(Self { target, made: Some(Made { folder, files: Vec::new(), _lock: lock }) })
     }
 
     /// Creates a file in the folder and returns it with its present path.
@@ -77,7 +83,7 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        let Some(Made { folder, files }) = self.made.take() else { return };
+        let Some(Made { folder, files, .. }) = self.made.take() else { return };
         // What cannot be removed stays under a name that nobody takes for a model; there is nobody to tell.
         for file in files {
             drop(fs::remove_file(file));
@@ -126,7 +132,7 @@ pub(super) fn resolve(target: &Path) -> Result<PathBuf, CheckpointError> {
 fn make_sibling(target: &Path) -> Result<PathBuf, CheckpointError> {
     let mut base = OsString::from(".");
     base.push(target.file_name().unwrap_or_default());
-    base.push(format!(".partial-{}", std::process::id()));
+    base.push(format!("{PARTIAL}{}", std::process::id()));
     let mut attempt = 0;
     loop {
         let mut name = base.clone();
@@ -140,6 +146,15 @@ fn make_sibling(target: &Path) -> Result<PathBuf, CheckpointError> {
             Err(e) => return Err(Action::Create.failed(&folder)(e)),
         }
     }
+}
+
+/// The process that began a folder, if it has the name of a hidden sibling.
+pub(super) fn maker(folder: &Path) -> Option<u32> {
+    let (target, process) = folder.file_name()?.to_str()?.strip_prefix('.')?.rsplit_once(PARTIAL)?;
+    let (pid, attempt) = process.split_once('-').unwrap_or((process, "1"));
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let is_one = !target.is_empty() && is_number(pid) && is_number(attempt);
+    if is_one { pid.parse().ok() } else { None }
 }
 
 /// The folder that holds `path`; the working directory when the path does not say.

@@ -25,10 +25,10 @@ use crate::config::{self, ModelConfig};
 use crate::layout::{ModelLayout, UnitLayout};
 
 /// What the state is of.
-const STATE: &str = "state.json";
+pub(super) const STATE: &str = "state.json";
 /// The name under which files of tensors say it.
 const NOTE: &str = "overspill";
-const STEM: Stem = Stem("state");
+pub(super) const STEM: Stem = Stem("state");
 /// The format of `state.json` that is written and read.
 const VERSION: u64 = 1;
 

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use overspill_io::{BLOCK_ALIGNMENT, BackendChoice, Engine, EngineConfig, Pool};
-use overspill_swap::{Manifest, Store, StoreError, View, ViewLoading, Volume};
+use overspill_io::{BLOCK_ALIGNMENT, BackendChoice, Pool};
+use overspill_swap::{Manifest, Store, StoreError, View, ViewLoading};
 use serde::Serialize;
 
 use super::{Progress, Tile, TileKind, classes, lease, tiles, tiles_in_motion};
@@ -20,8 +20,8 @@ use crate::home::{floats, moments_name, weights_name};
 use crate::identity::{Identity, ModelOrigin};
 use crate::layout::ModelLayout;
 use crate::plan;
+use crate::reading;
 use crate::report;
-use crate::volumes::STORE_NAME;
 
 /// What is to be taken out, and where to.
 #[derive(Clone, Debug)]
@@ -55,6 +55,8 @@ pub enum Form {
 pub struct Exported {
     /// The store's home.
     pub store: PathBuf,
+    /// All its directories that were read, the home first.
+    pub directories: Vec<PathBuf>,
     /// The snapshot, if it was one.
     pub snapshot: Option<String>,
     /// The folder that was made.
@@ -102,15 +104,13 @@ pub fn export(
 ) -> Result<Exported, TrainError> {
     let started = Instant::now();
     CheckpointWriter::check_destination(&options.out)?;
-    let homes: Vec<PathBuf> = options.directories.iter().map(|directory| store_in(directory)).collect();
+    let homes = reading::stores_in(&options.directories);
     let home = homes.first().ok_or(TrainError::ResumeWhere)?;
-    let manifest = found(home, options.snapshot.as_deref())?;
-    let tile_bytes = tile_bytes(home, &manifest.meta)?;
+    let tile_bytes = tile_bytes(home, &found(home, options.snapshot.as_deref())?.meta)?;
 
     let ahead = tiles_in_motion(tile_bytes);
     let pool = Pool::new(&classes(tile_bytes, ahead))?;
-    let engine = Engine::start(EngineConfig { backend: options.backend, ..EngineConfig::default() }, &pool)?;
-    let volumes = volumes(&homes, &manifest, &engine);
+    let volumes = reading::volumes(&homes, options.backend, &pool)?;
     let view = match &options.snapshot {
         Some(name) => View::of_snapshot(&volumes, name)?,
         None => View::open(&volumes).map_err(in_use)?,
@@ -144,6 +144,7 @@ pub fn export(
     folder.finish()?;
     Ok(Exported {
         store: home.clone(),
+        directories: volumes.iter().map(|volume| volume.directory.clone()).collect(),
         snapshot: options.snapshot.clone(),
         out: options.out.clone(),
         form: options.form.name(),
@@ -231,12 +232,6 @@ impl Folder {
     }
 }
 
-/// The store that a run makes in `directory`, or that `directory` is.
-fn store_in(directory: &Path) -> PathBuf {
-    let inside = directory.join(STORE_NAME);
-    if inside.is_dir() { inside } else { directory.to_owned() }
-}
-
 /// What is to be taken out, as it is at the moment.
 fn found(home: &Path, snapshot: Option<&str>) -> Result<Manifest, TrainError> {
     let found = match snapshot {
@@ -267,30 +262,6 @@ fn tile_bytes(home: &Path, meta: &serde_json::Value) -> Result<usize, TrainError
     let tile_bytes = Identity::tile_bytes(meta).unwrap_or(0);
     let is_sound = tile_bytes.is_multiple_of(BLOCK_ALIGNMENT) && plan::has_tiles_of(&layout, tile_bytes);
     if is_sound { Ok(tile_bytes) } else { Err(not_a_state(home, format!("tiles of {tile_bytes} bytes"))) }
-}
-
-/// The directories and their data files: those that were given, or those that the manifest names.
-fn volumes(homes: &[PathBuf], manifest: &Manifest, engine: &Engine) -> Vec<Volume> {
-    let volume = |directory: &Path, rings: usize| {
-        let engines = vec![engine.clone(); rings.max(1)];
-        Volume { directory: directory.to_owned(), engines, weight: 1 }
-    };
-    if let [home] = homes {
-        // Files beside the manifest are named without a folder.
-        let mut named: Vec<(PathBuf, usize)> = Vec::new();
-        for lane in &manifest.lanes {
-            let folder = Path::new(&lane.file).parent().filter(|folder| *folder != Path::new(""));
-            let folder = folder.unwrap_or(home);
-            match named.last_mut() {
-                Some((last, rings)) if *last == folder => *rings += 1,
-                _ => named.push((folder.to_owned(), 1)),
-            }
-        }
-        if named.iter().all(|(folder, _)| folder.is_dir()) {
-            return named.iter().map(|(folder, rings)| volume(folder, *rings)).collect();
-        }
-    }
-    homes.iter().map(|home| volume(home, Store::data_files(home))).collect()
 }
 
 /// Proves that the state has every tile of the model, each of its length, before anything is made.

@@ -23,6 +23,7 @@ use crate::layout::ModelLayout;
 use crate::options::StorageChoice;
 use crate::plan;
 use crate::report;
+use crate::storage::StorageNeed;
 use crate::volumes::{Opened, Volumes};
 
 /// What is to be taken in, and where to.
@@ -51,6 +52,8 @@ pub struct Imported {
     pub step: u64,
     /// Number of parameters; shared ones count once.
     pub parameters: u64,
+    /// Bytes that the store takes; the run that goes on takes more, for gradients and saved inputs.
+    pub storage_bytes: u64,
     /// Bytes written to the store.
     pub bytes_written: u64,
     /// Highest resident memory of the process.
@@ -65,13 +68,14 @@ enum Source {
     State { folder: StateFolder, meta: Value, step: u64 },
 }
 
-/// Makes a store with a state that `train --resume` goes on from.
+/// Makes a store with a state that `train --resume` goes on from. What it takes on storage is announced before it is taken.
 ///
 /// # Errors
 /// [`TrainError`], in one line; nothing is left behind.
 pub fn import(
     options: &ImportOptions,
     stop: &AtomicBool,
+    announce: &mut dyn FnMut(StorageNeed),
     progress: &mut Progress<'_>,
 ) -> Result<Imported, TrainError> {
     let started = Instant::now();
@@ -92,8 +96,12 @@ pub fn import(
     let tile_bytes = source.tile_bytes(&layout);
     let kinds = [TileKind::Weights, TileKind::Moments];
     let lengths = || tiles(&layout, tile_bytes, &kinds).map(|tile| tile.bytes());
-    let capacity = Store::capacity_for(options.durability, Worth::State, lengths());
+    let need = StorageNeed::new(options.durability, |durability| {
+        Store::capacity_for(durability, Worth::State, lengths())
+    });
+    let capacity = need.bytes();
     let volumes = Volumes::find(&storage)?;
+    announce(need);
     volumes.check(capacity)?;
 
     let ahead = tiles_in_motion(tile_bytes);
@@ -137,6 +145,7 @@ pub fn import(
         store: store.path().to_owned(),
         step: source.step(),
         parameters: layout.numel() as u64,
+        storage_bytes: capacity,
         bytes_written: total,
         peak_rss_bytes: report::memory_of_process("VmHWM").unwrap_or(0),
         elapsed_seconds: started.elapsed().as_secs_f64(),

@@ -213,7 +213,7 @@ fn transformers_loads_weights_that_were_exported_from_a_store() {
         durability: Durability::None,
         backend: BackendChoice::Auto,
     };
-    import(&imported, &running, &mut |_, _| {}).unwrap();
+    import(&imported, &running, &mut |_| {}, &mut |_, _| {}).unwrap();
     let theirs = |folder: &Path| -> Loaded {
         serde_json::from_slice(&reference(&["load"], folder, "hello world")).unwrap()
     };
