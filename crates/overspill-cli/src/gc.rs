@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::bail;
 use clap::Args;
-use overspill_swap::{Leftover, Owner, Remains, leftovers, remove_leftover};
+use overspill_swap::{Leftover, Owner, Remains, Removal, Removed, leftovers, remove_leftover};
 use overspill_train::ByteSize;
 use serde::Serialize;
 
@@ -75,17 +75,22 @@ pub(crate) fn run(arguments: &GcArguments) -> anyhow::Result<()> {
     let json = arguments.json.as_deref().map(JsonFile::prepare).transpose()?;
     let found = leftovers(&arguments.directories)?;
     let mut failures = Vec::new();
+    let removal = if arguments.with_committed { Removal::WithCommitted } else { Removal::Worthless };
     let mut report = Report { removed_bytes: 0, directories: Vec::with_capacity(found.len()) };
+    // Homes of which a part is still there: without them nobody knows what it is worth.
+    let mut needed: Vec<&PathBuf> = Vec::new();
     for leftover in &found {
         let mut entry = DirectoryReport::new(leftover);
         let goes = arguments.remove
             && !entry.in_use
             && (arguments.with_committed || !leftover.remains.may_hold_state());
-        if goes {
-            match remove_leftover(leftover, arguments.with_committed) {
-                Ok(others) => {
+        if goes && needed.contains(&&leftover.path) {
+            entry.stays_because = Some("another directory of the store stays".to_owned());
+        } else if goes {
+            match remove_leftover(leftover, removal) {
+                Ok(Removed { bytes, others }) => {
                     entry.removed = true;
-                    report.removed_bytes = report.removed_bytes.saturating_add(leftover.bytes_on_disk);
+                    report.removed_bytes = report.removed_bytes.saturating_add(bytes);
                     entry.stays_because = (!others.is_empty()).then(|| {
                         format!(
                             "the directory stays, because it holds what no store made: {}",
@@ -94,6 +99,9 @@ pub(crate) fn run(arguments: &GcArguments) -> anyhow::Result<()> {
                     });
                 }
                 Err(error) => {
+                    if let Remains::Volume { homes, .. } = &leftover.remains {
+                        needed.extend(homes);
+                    }
                     failures.push(error.to_string());
                     entry.stays_because = Some(error.to_string());
                 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use crate::error::{Remedy, StoreError};
+use crate::error::{Fallback, Remedy, StoreError};
 use crate::manifest::Manifest;
 use crate::names;
 
@@ -50,7 +50,7 @@ const GLANCE: Duration = Duration::from_millis(4);
 const GLANCES_MAX: u32 = 50;
 
 /// Longest manifest that is read, in bytes: some eight million tensors.
-const MANIFEST_BYTES_MAX: u64 = 1 << 30;
+pub(crate) const MANIFEST_BYTES_MAX: u64 = 1 << 30;
 
 /// How many directories of killed processes may be in the way of one that is made.
 const ASIDE_MAX: u32 = 100;
@@ -120,10 +120,7 @@ impl Directory {
             glances -= 1;
         }
         // The owner may have removed the directory, and somebody made it anew, between the two.
-        let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
-        let held = lock.metadata().map_err(failed)?;
-        let named = std::fs::symlink_metadata(path.join(LOCK)).map_err(failed)?;
-        if identity(held) != identity(named) {
+        if !has_name(&lock, &path.join(LOCK)).map_err(failed)? {
             return Err(locked(path, &mut lock));
         }
         Ok(Self::over(path, lock, data_files, AtomicBool::new(true)))
@@ -143,11 +140,6 @@ impl Directory {
             self.lock.write_all_at(std::process::id().to_string().as_bytes(), 0)
         };
         sign().map_err(|source| StoreError::Directory { action: "sign", path: self.path.join(LOCK), source })
-    }
-
-    /// Which volume of which store it says it is; nothing if it is of a time when they said nothing.
-    pub(crate) fn label(&self) -> Result<String, StoreError> {
-        label_text(&self.path)
     }
 
     /// Names of all files that belong to it, whether they exist or not.
@@ -178,11 +170,6 @@ impl Directory {
         self.path.join(data_name(number))
     }
 
-    /// Lets the directory go when this value is dropped, with all files that belong to it and no others.
-    pub(crate) fn discard(&self) {
-        self.kept.store(false, Ordering::Relaxed);
-    }
-
     /// Leaves the directory on storage when this value is dropped.
     pub(crate) fn keep(&self) {
         self.kept.store(true, Ordering::Relaxed);
@@ -196,13 +183,13 @@ impl Directory {
     /// Writes the current manifest: aside, made durable, and renamed, so that a reader finds the old one or the new
     /// one. The old one stays as the previous one.
     pub(crate) fn publish(&self, manifest: &[u8]) -> Result<(), StoreError> {
-        self.prepare(manifest)?;
+        self.prepare(manifest, Fallback::Unchanged)?;
         self.replace()
     }
 
     /// Writes the next manifest aside, durably, and keeps a name for the current one. Whatever fails, the current one
-    /// is the one that is found, and this can be tried again.
-    pub(crate) fn prepare(&self, manifest: &[u8]) -> Result<(), StoreError> {
+    /// is the one that is found, which is the `fallback` then, and this can be tried again.
+    pub(crate) fn prepare(&self, manifest: &[u8], fallback: Fallback) -> Result<(), StoreError> {
         let [aside, outgoing, current] =
             [MANIFEST_NEW, MANIFEST_OLD, MANIFEST].map(|name| self.path.join(name));
         let write = || -> io::Result<()> {
@@ -217,7 +204,7 @@ impl Directory {
                 // What was written of it would be in the way of whoever makes room.
                 drop(names::remove(&aside));
                 let (needed, available) = (manifest.len() as u64, self.available());
-                StoreError::DiskFull { path: aside.clone(), needed, available, errno }
+                StoreError::DiskFull { path: aside.clone(), needed, available, errno, fallback }
             }
             _ => StoreError::Directory { action: "write", path: aside.clone(), source },
         })
@@ -264,7 +251,8 @@ impl Directory {
 impl Drop for Directory {
     fn drop(&mut self) {
         if !self.is_kept() {
-            self.remove();
+            // Nobody is left who could be told; what stays can be found, and removed, by what it holds.
+            drop(self.remove());
         }
         // Closing would do, but for a process that was forked meanwhile and has the descriptor, too.
         drop(self.lock.unlock());
@@ -272,14 +260,27 @@ impl Drop for Directory {
 }
 
 impl Directory {
-    /// Removes what is its own.
-    fn remove(&mut self) {
-        let files = self.files.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // The lock goes last: as long as anything else is left, the directory is recognizably ours.
-        for name in files.iter().map(String::as_str).chain([VOLUME, LOCK]) {
-            drop(std::fs::remove_file(self.path.join(name)));
+    /// Removes what is its own, and the directory unless there is something else in it. The label and the lock go last:
+    /// as long as anything else of it is left, the directory is recognizably ours.
+    ///
+    /// # Errors
+    /// [`StoreError::Directory`] for the first file that stays.
+    pub(crate) fn remove(&self) -> Result<(), StoreError> {
+        let files = self.files();
+        let (first, last) = files.split_last_chunk::<2>().expect("the label and the lock are among them");
+        let remove = |name: &String| {
+            let path = self.path.join(name);
+            let removed = names::remove(&path).or_else(tolerate_missing);
+            removed.map_err(|source| StoreError::directory("remove", &path, source))
+        };
+        let stays = first.iter().filter_map(|name| remove(name).err()).collect::<Vec<_>>();
+        if let Some(stays) = stays.into_iter().next() {
+            return Err(stays);
         }
+        last.iter().try_for_each(remove)?;
+        // Something else in it is nothing that went wrong.
         drop(std::fs::remove_dir(&self.path));
+        Ok(())
     }
 }
 
@@ -370,8 +371,7 @@ pub(crate) fn label(store: u64, index: usize) -> String {
 
 /// The whole of a plain file of at most `bytes_max` bytes.
 pub(crate) fn read_file(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)?;
+    let file = open_as_it_is(path, OpenOptions::new().read(true))?;
     let metadata = file.metadata()?;
     if !metadata.is_file() || metadata.len() > bytes_max {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not a file of a store"));
@@ -379,6 +379,35 @@ pub(crate) fn read_file(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(bytes_max).read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+/// What a plain file begins with.
+#[derive(Debug)]
+pub(crate) struct Start {
+    pub(crate) metadata: Metadata,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// The first bytes of a plain file, at most as many; `None` for what is no plain file.
+pub(crate) fn read_start(path: &Path, bytes_max: usize) -> io::Result<Option<Start>> {
+    // Of what is no file, not even the opening is tried: a device may mind.
+    if !std::fs::symlink_metadata(path)?.is_file() {
+        return Ok(None);
+    }
+    let file = open_as_it_is(path, OpenOptions::new().read(true))?;
+    let metadata = file.metadata()?;
+    let mut bytes = Vec::new();
+    file.take(bytes_max as u64).read_to_end(&mut bytes)?;
+    Ok(metadata.is_file().then_some(Start { metadata, bytes }))
+}
+
+/// Whether a name is that of an open file.
+///
+/// # Errors
+/// Of either: there may be nothing of this name.
+pub(crate) fn has_name(file: &File, path: &Path) -> io::Result<bool> {
+    let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
+    Ok(identity(file.metadata()?) == identity(std::fs::symlink_metadata(path)?))
 }
 
 /// Makes an empty directory beside `path`. Processes have one number after the other, so there may be some of earlier
@@ -395,8 +424,13 @@ fn make_aside(path: &Path) -> io::Result<PathBuf> {
 }
 
 fn open_lock(directory: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    open_as_it_is(&directory.join(LOCK), options)
+}
+
+/// Opens a file, but not what a link leads to, and without waiting for somebody at the other end of a pipe.
+pub(crate) fn open_as_it_is(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    options.custom_flags(flags.bits() as i32).open(directory.join(LOCK))
+    options.custom_flags(flags.bits() as i32).open(path)
 }
 
 fn tolerate_missing(error: io::Error) -> io::Result<()> {

@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use overspill_io::{IoError, PoolError};
 
-use crate::manifest::ManifestError;
+use crate::manifest::{ManifestError, VERSION};
 
 /// Why a store refused or failed.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +50,7 @@ pub enum StoreError {
     /// The file system has no room for what has to be written.
     #[error(
         "cannot write {path}: {needed} bytes are needed and {available} are free there \
-         (os error {errno}); make room and resume: the last commit is whole",
+         (os error {errno}); {fallback}",
         path = path.display()
     )]
     DiskFull {
@@ -62,6 +62,36 @@ pub enum StoreError {
         available: u64,
         /// The system's answer: `ENOSPC` or `EDQUOT`.
         errno: i32,
+        /// What can be gone on from.
+        fallback: Fallback,
+    },
+    /// A snapshot keeps what the steps after it would overwrite, and there is no room for them beside it.
+    #[error(
+        "no room for snapshot {name} of {path}: the steps after it need {needed} bytes more, and {available} are free",
+        path = path.display()
+    )]
+    SnapshotRoom {
+        /// The name.
+        name: String,
+        /// The store's directory.
+        path: PathBuf,
+        /// Bytes that one of its file systems should have free.
+        needed: u64,
+        /// Bytes that it has.
+        available: u64,
+    },
+    /// There is no room for the steps to come beside what snapshots keep.
+    #[error(
+        "{source}; {path} keeps the snapshots {}, and `overspill snapshot {path} NAME --delete` gives one up",
+        snapshots.join(", "), path = path.display()
+    )]
+    KeptRoom {
+        /// The store's directory.
+        path: PathBuf,
+        /// Its snapshots.
+        snapshots: Vec<String>,
+        /// Where how much is missing.
+        source: IoError,
     },
     /// The data file was not made for one more tensor.
     #[error("tensor {tensor}: {path} was made for {capacity} bytes, and {needed} are needed", path = path.display())]
@@ -220,6 +250,20 @@ pub enum StoreError {
         /// The snapshots there are.
         known: Vec<String>,
     },
+    /// The snapshot that was read was deleted, and another one was made under its name.
+    #[error("snapshot {name} of {path} was deleted while it was read, and is another one now", path = path.display())]
+    SnapshotReplaced {
+        /// The name.
+        name: String,
+        /// The store's directory.
+        path: PathBuf,
+    },
+    /// There is no generation before the committed one.
+    #[error("{path} has no generation before the committed one to go back to", path = path.display())]
+    NoPrevious {
+        /// The store's directory.
+        path: PathBuf,
+    },
     /// There is no store.
     #[error("{path} is not a directory of a store", path = path.display())]
     NotAStore {
@@ -268,6 +312,18 @@ pub enum StoreError {
         /// The store's directory.
         path: PathBuf,
     },
+    /// A wish could not be taken back, because whoever was asked is answering it.
+    #[error(
+        "whether snapshot {name} of {path} is made is not known yet: its owner is answering; \
+         `overspill inspect {path}` shows it later",
+        path = path.display()
+    )]
+    WishPending {
+        /// The name.
+        name: String,
+        /// The store's directory.
+        path: PathBuf,
+    },
     /// There is no committed state.
     #[error("{path} has no committed state to go on from: start anew, without it", path = path.display())]
     NothingCommitted {
@@ -288,11 +344,40 @@ pub enum StoreError {
     Pool(#[from] PoolError),
 }
 
+impl StoreError {
+    pub(crate) fn directory(action: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Directory { action, path: path.to_owned(), source }
+    }
+}
+
+/// What there is to go on from when the next generation found no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallback {
+    /// The last commit.
+    LastCommit,
+    /// Nothing: there is no commit, or it was overwritten.
+    Nothing,
+    /// What there was before: nothing was changed.
+    Unchanged,
+}
+
+impl fmt::Display for Fallback {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::LastCommit => "make room and resume: the last commit is whole",
+            Self::Nothing => "there is no commit to resume from: make room before this is run again",
+            Self::Unchanged => "make room and try again: nothing was changed",
+        })
+    }
+}
+
 /// What can be done about a manifest that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Remedy {
     /// Nothing that is known.
     None,
+    /// Whoever wrote it can read it.
+    NewerVersion,
     /// The generation before can be made the current one.
     RestorePrevious {
         /// The store's directory.
@@ -307,13 +392,28 @@ pub enum Remedy {
     },
 }
 
+impl Remedy {
+    /// A newer version is no damage: nothing is to be given up for it.
+    pub(crate) fn for_manifest(source: &ManifestError, damaged: impl FnOnce() -> Self) -> Self {
+        match source {
+            ManifestError::UnknownVersion { found } if *found > VERSION => Self::NewerVersion,
+            _ => damaged(),
+        }
+    }
+}
+
 impl fmt::Display for Remedy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::None => Ok(()),
+            Self::NewerVersion => f.write_str("; use the newer overspill that wrote it"),
             Self::RestorePrevious { path } => {
                 let path = path.display();
-                write!(f, "; `overspill restore {path} --previous` goes back to the generation before it")
+                write!(
+                    f,
+                    "; `overspill restore {path} --previous` goes back to the generation before it, if that is still \
+                     whole; `overspill verify {path}` says"
+                )
             }
             Self::DeleteSnapshot { path, name } => {
                 let path = path.display();

@@ -27,6 +27,9 @@ use std::collections::{BTreeMap, HashMap};
 use crate::extent::{EXTENT_ALIGNMENT, Extent, Extents, Full};
 use crate::manifest::TensorRecord;
 
+/// Room for the gaps between extents when there are snapshots, in bytes.
+const GAPS_BYTES: u64 = 64 << 20;
+
 /// What a tensor is worth after its step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Worth {
@@ -212,6 +215,21 @@ impl Ledger {
     /// Room that all tensors need, snapshots and gaps aside.
     pub(crate) fn needed_bytes(&self) -> u64 {
         self.needed_bytes
+    }
+
+    /// Room that the steps to come need beside what snapshots keep, as far as `needed` bytes do without any. What is
+    /// pinned now may still be what is committed; after the next steps it is one more copy of the state. Where lengths
+    /// are mixed there are gaps, too, for which there is some room more; a small store has small gaps.
+    pub(crate) fn room_bytes(&self, needed: u64) -> u64 {
+        if self.pins.is_empty() {
+            return needed;
+        }
+        // Snapshots share what did not change between them.
+        let pinned: HashMap<u64, u64> =
+            self.pins.values().flatten().map(|extent| (extent.offset, extent.length)).collect();
+        let longest = self.tensors.iter().map(|tensor| aligned_bytes(tensor.bytes)).max().unwrap_or(0);
+        let gaps = longest.max(GAPS_BYTES).min(self.needed_bytes);
+        pinned.values().copied().chain([gaps]).fold(needed, u64::saturating_add)
     }
 
     /// The data file is `capacity` bytes long now.
@@ -409,11 +427,14 @@ impl Tensor {
 
 /// Room that a tensor needs in the data file.
 pub(crate) fn needed_bytes(durability: Durability, worth: Worth, bytes: usize) -> u64 {
-    let aligned = (bytes.max(1) as u64).checked_next_multiple_of(EXTENT_ALIGNMENT).unwrap_or(u64::MAX);
     match (durability, worth) {
-        (Durability::Step, Worth::State) => aligned.saturating_mul(2),
-        (Durability::None, _) | (_, Worth::Scratch) => aligned,
+        (Durability::Step, Worth::State) => aligned_bytes(bytes).saturating_mul(2),
+        (Durability::None, _) | (_, Worth::Scratch) => aligned_bytes(bytes),
     }
+}
+
+fn aligned_bytes(bytes: usize) -> u64 {
+    (bytes.max(1) as u64).checked_next_multiple_of(EXTENT_ALIGNMENT).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

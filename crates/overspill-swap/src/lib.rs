@@ -93,7 +93,7 @@ mod wish;
 
 pub use bandwidth::{Bandwidth, measure};
 pub use directory::Owner;
-pub use error::{Remedy, StoreError};
+pub use error::{Fallback, Remedy, StoreError};
 pub use extent::{EXTENT_ALIGNMENT, Extent, Extents, Full};
 pub use ledger::{Durability, Worth};
 pub use manifest::{LaneRecord, Manifest, ManifestError, TensorRecord, VERSION as MANIFEST_VERSION};
@@ -106,7 +106,7 @@ pub use steps::{Step, watch_steps};
 pub use store::{Store, Usage, View, ViewLoading};
 pub use survey::{
     Blocks, Damage, Damaged, DataFile, Examination, Findings, Fragmentation, Generation, GenerationState,
-    Leftover, Remains, Scope, Survey, Verdict, leftovers, remove_leftover,
+    Leftover, Remains, Removal, Removed, Scope, Survey, Verdict, leftovers, remove_leftover,
 };
 pub use tensor::{
     Dirty, LoadFailed, Loading, Refused, Resident, Saving, StoreFailed, Storing, Swapped, Vacant,

@@ -29,7 +29,7 @@ pub const VERSION: u32 = 2;
 /// Levels of arrays and objects that [`Manifest::meta`] may have; whoever reads JSON gives up at 128.
 pub(crate) const META_LEVELS_MAX: usize = 64;
 
-const MAGIC: &str = "overspill manifest";
+pub(crate) const MAGIC: &str = "overspill manifest";
 
 /// One generation of a store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,6 +91,9 @@ pub enum ManifestError {
     /// The first line is not a manifest's.
     #[error("not a manifest")]
     NotAManifest,
+    /// The first line is not a manifest's any more.
+    #[error("damaged: its first line is not a manifest's")]
+    Header,
     /// Written by another version of the format.
     #[error("format version {found} is not known here; {VERSION} is the newest that is")]
     UnknownVersion {
@@ -233,7 +236,7 @@ pub(crate) fn is_deeper(value: &serde_json::Value, levels: usize) -> bool {
 }
 
 /// Longest header that is looked at, in bytes.
-const HEADER_MAX: usize = 128;
+pub(crate) const HEADER_MAX: usize = 128;
 
 /// The checksum of everything overspill stores: XXH3-64, seed 0.
 pub(crate) fn checksum(bytes: &[u8]) -> u64 {

@@ -1,4 +1,6 @@
-//! Names and small files: every change to a store's directory that a crash may meet is made here.
+//! Names and small files: every change to a store's directory that a crash may meet is made here. What is not is worth
+//! nothing after one: what the lock says and what answers to wishes do, and a directory with nothing in it yet, or any
+//! more.
 //!
 //! With the feature `sim` a directory can be one that loses its power; then the changes go through [`outage`], which
 //! knows what was not flushed yet.
@@ -23,11 +25,25 @@ pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
         return endangered.write_new(path, bytes);
     }
     step(Step::Create);
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let mut file = open_new(path)?;
     step(Step::Write);
     file.write_all(bytes)?;
     step(Step::Flush);
     file.sync_all()
+}
+
+/// Makes a file that does not exist yet, with nothing in it, and opens it for reading and writing.
+pub(crate) fn create_empty(path: &Path) -> io::Result<File> {
+    #[cfg(feature = "sim")]
+    if let Some(endangered) = outage::of(path) {
+        return endangered.create_empty(path);
+    }
+    step(Step::Create);
+    open_new(path)
+}
+
+fn open_new(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
 }
 
 /// Lets a file have one more name, which must be free.
@@ -54,14 +70,28 @@ pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
 pub(crate) fn publish(made: &Path, path: &Path) -> io::Result<()> {
     #[cfg(feature = "sim")]
     if let Some(endangered) = outage::of(path) {
+        check_free(path)?;
         return endangered.rename(made, path);
     }
     step(Step::Rename);
     match rustix::fs::renameat_with(CWD, made, CWD, path, RenameFlags::NOREPLACE) {
         Ok(()) => Ok(()),
-        // A file system without the flag: a directory with a file in it is not replaced either.
-        Err(Errno::INVAL | Errno::NOSYS) => std::fs::rename(made, path),
+        // A file system without the flag: what comes between the two is replaced, unless it is a directory with a file
+        // in it. Who makes names here holds the lock of the directory, or has a name that nobody else would take.
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            check_free(path)?;
+            std::fs::rename(made, path)
+        }
         Err(errno) => Err(errno.into()),
+    }
+}
+
+/// A link that leads nowhere is something, too.
+fn check_free(path: &Path) -> io::Result<()> {
+    match std::fs::symlink_metadata(path) {
+        Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
     }
 }
 

@@ -5,20 +5,32 @@
 //!
 //! A file of such a name that is no manifest, or another store's, is somebody else's: it is neither read as a snapshot
 //! nor removed. A manifest of this store that is damaged is a snapshot still: which bytes it kept is not known, so the
-//! store is not opened, and written to, before somebody gives that snapshot up.
+//! store is not opened, and written to, before somebody gives that snapshot up. Whose a file is, is seen in its first
+//! bytes, so that nothing of somebody else's is read beyond them:
+//!
+//! - A plain file that begins as manifests do is one, whatever follows.
+//! - A private plain file of ours is a damaged one if it begins nearly so, however little there is of it: as a few wrong
+//!   bytes, a cut to any length, and a loss of power that leaves zeros make it.
+//! - Everything else is somebody else's.
 
+use std::fs::Metadata;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::directory::{self, MANIFEST};
+use crate::directory::{self, MANIFEST, MANIFEST_BYTES_MAX, Start};
 use crate::error::{Remedy, StoreError};
-use crate::manifest::{Manifest, ManifestError};
+use crate::manifest::{self, MAGIC, Manifest, ManifestError};
 
 /// What the names of snapshots' files begin with.
 pub(crate) const PREFIX: &str = "snapshot.";
 
 /// Longest name of a snapshot, in bytes.
 const NAME_MAX: usize = 64;
+
+/// How many of the first bytes of a manifest may be others in one that is damaged: a few, so that no text of somebody
+/// else's comes as close.
+const WRONG_BYTES_MAX: usize = 4;
 
 /// One snapshot.
 #[derive(Clone, Debug)]
@@ -80,24 +92,49 @@ pub(crate) fn list(directory: &Path, store: Option<u64>) -> Result<(Vec<Snapshot
 /// [`StoreError::Manifest`] for a snapshot that is damaged or of an unknown version, [`StoreError::Directory`].
 pub(crate) fn find(directory: &Path, name: &str, store: Option<u64>) -> Result<Found, StoreError> {
     let path = path(directory, name);
-    match std::fs::symlink_metadata(&path) {
+    match directory::read_start(&path, manifest::HEADER_MAX) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
+        Err(source) => return Err(StoreError::directory("read", &path, source)),
         // What is no plain file was never made by a store.
-        Ok(metadata) if !metadata.is_file() => return Ok(Found::Foreign),
-        _ => {}
+        Ok(None) => return Ok(Found::Foreign),
+        Ok(Some(start)) if !is_ours(&start) => return Ok(Found::Foreign),
+        Ok(Some(_)) => {}
     }
     match directory::read_manifest(&path) {
         Ok(manifest) if store.is_none_or(|store| store == manifest.store) => Ok(Found::Snapshot(manifest)),
-        Ok(_) | Err(StoreError::Manifest { source: ManifestError::NotAManifest, .. }) => Ok(Found::Foreign),
+        Ok(_) => Ok(Found::Foreign),
         Err(StoreError::Directory { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
             Ok(Found::Nothing)
         }
         Err(StoreError::Manifest { path, source, .. }) => {
-            let remedy = Remedy::DeleteSnapshot { path: directory.to_owned(), name: name.to_owned() };
+            let remedy = Remedy::for_manifest(&source, || Remedy::DeleteSnapshot {
+                path: directory.to_owned(),
+                name: name.to_owned(),
+            });
+            // It was one, by all that is known.
+            let source = if source == ManifestError::NotAManifest { ManifestError::Header } else { source };
             Err(StoreError::Manifest { path, source, remedy })
         }
         Err(error) => Err(error),
     }
+}
+
+/// Whether a file is a manifest, or was one before it was damaged, as far as its first bytes show it.
+fn is_ours(Start { metadata, bytes }: &Start) -> bool {
+    if bytes.starts_with(MAGIC.as_bytes()) {
+        return true;
+    }
+    let is_private = |metadata: &Metadata| {
+        metadata.mode() & 0o077 == 0 && metadata.uid() == rustix::process::geteuid().as_raw()
+    };
+    if metadata.len() > MANIFEST_BYTES_MAX || !is_private(metadata) {
+        return false;
+    }
+    let expected = &MAGIC.as_bytes()[..MAGIC.len().min(bytes.len())];
+    let wrong = expected.iter().zip(bytes).filter(|(expected, byte)| expected != byte).count();
+    // Of a few bytes a few would be all.
+    let nearly = wrong <= WRONG_BYTES_MAX.min(expected.len() / 2);
+    nearly || bytes.iter().all(|&byte| byte == 0)
 }
 
 /// The names of all files in `directory` that are named like snapshots, in order.
@@ -121,8 +158,30 @@ pub(crate) fn name_of(file: Option<&str>, prefix: &str) -> Option<String> {
 /// The names of all snapshots there are, damaged ones included.
 pub(crate) fn known(directory: &Path, store: Option<u64>) -> Result<Vec<String>, StoreError> {
     let mut known = names(directory)?;
-    known.retain(|name| matches!(find(directory, name, store), Ok(Found::Snapshot(_)) | Err(_)));
+    known.retain(|name| is_snapshot(&find(directory, name, store)));
     Ok(known)
+}
+
+/// Whether a snapshot was found, damaged or not. What cannot be read is not known to be one.
+pub(crate) fn is_snapshot(found: &Result<Found, StoreError>) -> bool {
+    matches!(found, Ok(Found::Snapshot(_)) | Err(StoreError::Manifest { .. }))
+}
+
+/// The manifest of a snapshot.
+///
+/// # Errors
+/// [`StoreError::NoSnapshot`], and those of [`find`].
+pub(crate) fn get(directory: &Path, name: &str, store: Option<u64>) -> Result<Manifest, StoreError> {
+    match find(directory, name, store)? {
+        Found::Snapshot(manifest) => Ok(manifest),
+        Found::Foreign | Found::Nothing => Err(missing(directory, name, store)),
+    }
+}
+
+/// Says that there is no snapshot of this name, and which ones there are.
+fn missing(directory: &Path, name: &str, store: Option<u64>) -> StoreError {
+    let no = |known| StoreError::NoSnapshot { name: name.to_owned(), path: directory.to_owned(), known };
+    known(directory, store).map_or_else(|error| error, no)
 }
 
 /// Gives the manifest one more name.
@@ -139,16 +198,12 @@ pub(crate) fn make(directory: &Path, name: &str) -> Result<(), StoreError> {
 /// Takes a snapshot's name away, damaged or not; what only looks like one stays.
 pub(crate) fn delete(directory: &Path, name: &str, store: Option<u64>) -> Result<(), StoreError> {
     let path = path(directory, name);
-    let missing = || -> Result<(), StoreError> {
-        let known = known(directory, store)?;
-        Err(StoreError::NoSnapshot { name: name.to_owned(), path: directory.to_owned(), known })
-    };
-    match find(directory, name, store) {
-        Ok(Found::Nothing | Found::Foreign) => return missing(),
-        Ok(Found::Snapshot(_)) | Err(_) => {}
+    let found = find(directory, name, store);
+    if !is_snapshot(&found) {
+        return Err(found.err().unwrap_or_else(|| missing(directory, name, store)));
     }
     match crate::names::remove(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => missing(),
-        removed => removed.map_err(|source| StoreError::Directory { action: "remove", path, source }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(missing(directory, name, store)),
+        removed => removed.map_err(|source| StoreError::directory("remove", &path, source)),
     }
 }

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use overspill_io::{Engine, IoError, Stripes};
 
+use crate::directory;
+
 /// A part of a store: a directory that the store will make, and the engines that serve it.
 #[derive(Clone, Debug)]
 pub struct Volume {
@@ -22,6 +24,12 @@ impl Volume {
     /// The only volume of a store, with one engine.
     pub(crate) fn single(directory: &Path, engine: &Engine) -> Self {
         Self { directory: directory.to_owned(), engines: vec![engine.clone()], weight: 1 }
+    }
+
+    /// The volume's data files, each with its engine, in the order of the lanes.
+    pub(crate) fn data_files(&self) -> impl Iterator<Item = (&Engine, PathBuf)> {
+        let file = |ring| self.directory.join(directory::data_name(ring));
+        self.engines.iter().enumerate().map(move |(ring, engine)| (engine, file(ring)))
     }
 }
 

@@ -7,8 +7,10 @@
 //! ```text
 //! asks:   creates wish.NAME ──────────────── looks again and again ──────────────► wish gone, snapshot there
 //! owner:  commit: locks wish.NAME, pins ─► links snapshot.NAME ─► flushes the directory ─► removes wish.NAME
-//!                                  └─ cannot: writes the reason into wish.NAME, removes nothing
+//!                                  └─ cannot: writes an answer with the reason into wish.NAME, removes nothing
 //! ```
+//!
+//! An answer begins with a line that nothing else begins with; so it is told from somebody else's file.
 //!
 //! What may happen in between, and why it ends well:
 //!
@@ -17,9 +19,9 @@
 //!   finds it made and flushes the directory. Without somebody who still asks, the next owner grants it.
 //! - *Time is up.* Whoever asked takes the wish back with its file locked, and the owner answers with it locked; each
 //!   looks, once it has the lock, whether the file still has its name. So either the wish was never granted, or it is
-//!   known that it was.
+//!   known that it was. If the owner takes too long for its answer, the wish stays, and it is said that nobody knows yet.
 //! - *Two commands wish for one name.* The file is created, never opened, so the second is refused. What an earlier
-//!   command did not collect is recognized by not being empty, and replaced; who still waits for that answer reads it
+//!   command did not collect is recognized as an answer, and replaced; who still waits for that answer reads it
 //!   from the file that it has open.
 //! - *The name exists.* A command looks for the snapshot before it wishes; so one that the owner has pinned by then came
 //!   between the two, and is what was wished for. The name of a foreign file is a reason for a refusal.
@@ -30,13 +32,11 @@
 //! after its next commit; before it gives the bytes away it flushes the directory itself, so that a loss of power
 //! cannot bring back a snapshot whose bytes were reused.
 
-use std::fs::{File, Metadata, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-use rustix::fs::OFlags;
 
 use crate::directory::{self, Directory, Owner};
 use crate::error::StoreError;
@@ -47,8 +47,11 @@ use crate::store::Store;
 /// What the names of wishes' files begin with.
 const PREFIX: &str = "wish.";
 
-/// Longest reason that is handed on, in bytes.
-const REASON_BYTES_MAX: usize = 1024;
+/// What answers begin with.
+const ANSWER: &str = "overspill: this snapshot was not made\n";
+
+/// Longest answer that is handed on, in bytes.
+const ANSWER_BYTES_MAX: usize = 1024;
 
 /// For how long, and how often, a wish that its owner is answering is waited for when it is taken back.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -110,7 +113,7 @@ impl Store {
                 make(&directory, name)?;
                 // Whose wish it was finds it granted.
                 if is_wish(&wish_path(path, name)) {
-                    drop(std::fs::remove_file(wish_path(path, name)));
+                    drop(names::remove(&wish_path(path, name)));
                 }
                 Ok(Asked::Made)
             }
@@ -137,7 +140,7 @@ impl Store {
             Err(error) => return Err(error),
         };
         snapshot::delete(path, name, directory::read_label(path).map(|(store, _)| store))?;
-        names::sync(path).map_err(|source| failed("flush", path, source))?;
+        names::sync(path).map_err(|source| StoreError::directory("flush", path, source))?;
         Ok(deleted)
     }
 }
@@ -145,14 +148,10 @@ impl Store {
 impl Wish {
     fn leave(directory: &Path, name: &str, pid: Option<u32>) -> Result<Self, StoreError> {
         let path = wish_path(directory, name);
-        let create = || OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
-        let file = match create() {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !is_wish(&path) => {
-                let is_answer = std::fs::symlink_metadata(&path).is_ok_and(|metadata| is_answer(&metadata));
-                if is_answer {
-                    drop(std::fs::remove_file(&path));
-                }
-                create()
+        let file = match names::create_empty(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && is_answer(&path) => {
+                drop(names::remove(&path));
+                names::create_empty(&path)
             }
             created => created,
         };
@@ -161,7 +160,7 @@ impl Wish {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 Err(StoreError::WishExists { name: name.to_owned(), path: directory.to_owned() })
             }
-            Err(source) => Err(failed("create", &path, source)),
+            Err(source) => Err(StoreError::directory("create", &path, source)),
         }
     }
 
@@ -184,18 +183,25 @@ impl Wish {
                 drop(std::fs::remove_dir(&self.directory));
                 self.after()
             }
-            Err(source) => Err(failed("look at", &self.directory, source)),
+            Err(source) => Err(StoreError::directory("look at", &self.directory, source)),
         }
     }
 
     /// Takes the wish back, unless it was granted meanwhile.
     ///
     /// # Errors
-    /// As [`Wish::answer`].
+    /// As [`Wish::answer`], and [`StoreError::WishPending`] when the owner is answering and does not come to an end; the
+    /// wish stays then.
     pub fn take_back(self) -> Result<Answer, StoreError> {
-        let mut pauses = PAUSES_MAX;
+        self.take_back_within(PAUSES_MAX)
+    }
+
+    fn take_back_within(self, mut pauses: u32) -> Result<Answer, StoreError> {
         // Who answers has it locked. A file system without locks has no answers under way either.
-        while matches!(self.file.try_lock(), Err(TryLockError::WouldBlock)) && pauses > 0 {
+        while matches!(self.file.try_lock(), Err(TryLockError::WouldBlock)) {
+            if pauses == 0 {
+                return Err(StoreError::WishPending { name: self.name, path: self.directory });
+            }
             std::thread::park_timeout(PAUSE);
             pauses -= 1;
         }
@@ -224,7 +230,7 @@ impl Wish {
         let made = match make(&directory, &self.name) {
             // The owner came as far as that.
             Err(StoreError::SnapshotExists { .. }) => {
-                directory.sync().map_err(|source| failed("flush", &self.directory, source))
+                directory.sync().map_err(|source| StoreError::directory("flush", &self.directory, source))
             }
             made => made,
         };
@@ -244,24 +250,25 @@ impl Wish {
 
     /// Ends in the owner's reason, if there is one. It comes in one piece.
     fn check_reason(&self) -> Result<(), StoreError> {
-        let mut bytes = [0; REASON_BYTES_MAX];
+        let mut bytes = [0; ANSWER_BYTES_MAX];
         let read = self.file.read_at(&mut bytes, 0).unwrap_or(0);
         if read == 0 {
             return Ok(());
         }
         self.remove();
-        let reason = String::from_utf8_lossy(&bytes[..read]).into_owned();
+        let answer = String::from_utf8_lossy(&bytes[..read]);
+        let reason = answer.strip_prefix(ANSWER).unwrap_or(&answer).to_owned();
         Err(StoreError::WishRefused { name: self.name.clone(), path: self.directory.clone(), reason })
     }
 
     fn has_name(&self) -> bool {
-        has_name(&self.file, &wish_path(&self.directory, &self.name))
+        directory::has_name(&self.file, &wish_path(&self.directory, &self.name)).unwrap_or(false)
     }
 
     /// Removes the file, unless the name is that of somebody else's wish by now.
     fn remove(&self) {
         if self.has_name() {
-            drop(std::fs::remove_file(wish_path(&self.directory, &self.name)));
+            drop(names::remove(&wish_path(&self.directory, &self.name)));
         }
     }
 }
@@ -272,7 +279,7 @@ fn make(directory: &Directory, name: &str) -> Result<(), StoreError> {
     Store::committed(directory.path())?;
     directory.sign()?;
     snapshot::make(directory.path(), name)?;
-    directory.sync().map_err(|source| failed("flush", directory.path(), source))
+    directory.sync().map_err(|source| StoreError::directory("flush", directory.path(), source))
 }
 
 /// What the owner of a store finds in its directory.
@@ -307,25 +314,24 @@ impl Taken {
     /// Takes a wish that is still there and has no answer.
     pub(crate) fn take(directory: &Path, name: &str) -> Option<Self> {
         let path = wish_path(directory, name);
-        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let file =
-            OpenOptions::new().read(true).write(true).custom_flags(flags.bits() as i32).open(&path).ok()?;
+        let file = directory::open_as_it_is(&path, OpenOptions::new().read(true).write(true)).ok()?;
         // Who has it locked takes it back.
         file.try_lock().ok()?;
         let is_open = file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() == 0);
-        (is_open && has_name(&file, &path)).then_some(Self { path, file })
+        (is_open && directory::has_name(&file, &path).unwrap_or(false)).then_some(Self { path, file })
     }
 
     /// The snapshot is there, durably.
     pub(crate) fn grant(self) {
         // If this fails the wish is found again after the next commit, and the snapshot with it.
-        drop(std::fs::remove_file(&self.path));
+        drop(names::remove(&self.path));
     }
 
     /// There will be no snapshot. A reason that cannot be written is found again after the next commit.
     pub(crate) fn refuse(self, reason: &str) {
-        let bytes = reason.as_bytes();
-        drop(self.file.write_all_at(&bytes[..bytes.len().min(REASON_BYTES_MAX)], 0));
+        let answer = format!("{ANSWER}{reason}");
+        let bytes = answer.as_bytes();
+        drop(self.file.write_all_at(&bytes[..bytes.len().min(ANSWER_BYTES_MAX)], 0));
     }
 }
 
@@ -343,19 +349,24 @@ pub(crate) fn is_wish(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.len() == 0)
 }
 
-/// Whether it may be an answer that nobody collected.
-fn is_answer(metadata: &Metadata) -> bool {
-    metadata.is_file() && metadata.mode() & 0o777 == 0o600 && metadata.len() <= REASON_BYTES_MAX as u64
+/// Whether an answer lies there that nobody collected.
+fn is_answer(path: &Path) -> bool {
+    let start = directory::read_start(path, ANSWER.len());
+    start.is_ok_and(|start| start.is_some_and(|start| start.bytes == ANSWER.as_bytes()))
 }
 
-fn has_name(file: &File, path: &Path) -> bool {
-    let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
-    match (file.metadata(), std::fs::symlink_metadata(path)) {
-        (Ok(file), Ok(named)) => identity(file) == identity(named),
-        _ => false,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wish_that_is_being_answered_is_not_taken_back_and_not_said_to_be_lost() {
+        let folder = tempfile::tempdir().unwrap();
+        let wish = Wish::leave(folder.path(), "slow", None).unwrap();
+        let taken = Taken::take(folder.path(), "slow").unwrap();
+        let error = wish.take_back_within(2).unwrap_err();
+        assert!(matches!(error, StoreError::WishPending { .. }), "{error}");
+        assert!(is_wish(&wish_path(folder.path(), "slow")), "whoever answers finds it");
+        taken.grant();
     }
-}
-
-fn failed(action: &'static str, path: &Path, source: io::Error) -> StoreError {
-    StoreError::Directory { action, path: path.to_owned(), source }
 }

@@ -194,8 +194,9 @@ impl Prepared {
         }
         let finish = |home: &mut SwappedHome, step| {
             if (storage.keep || storage.resume) && commit == Commit::OnDemand {
-                home.commit(step)?;
+                // Before it is committed: if that fails half way, the state may be there all the same.
                 home.keep();
+                home.commit(step)?;
             }
             Ok(())
         };
@@ -250,8 +251,9 @@ impl Prepared {
             trainer.home().settle()?;
             let io_after = trainer.home().io().unwrap_or_default();
             warn(io_after.since(&io_before).bytes_written, ledger.so_far().1, observer);
-            // Before the export, which may fail: what was trained is worth keeping.
-            finish(trainer.home(), options.schedule.steps)?;
+            // Before the export, which may fail: what was trained is worth keeping. The export is tried if this fails: it
+            // may be all that is left then.
+            let finished = finish(trainer.home(), options.schedule.steps);
             let units = self.layout.units().len();
             let written = out.map(|mut out| {
                 let mut done = 0;
@@ -264,7 +266,7 @@ impl Prepared {
                 })?;
                 Ok::<_, TrainError>(out)
             });
-            Ok::<_, TrainError>((io_after, written.transpose()?))
+            Ok::<_, TrainError>((io_after, finished, written.transpose()))
         };
         let gone_through = go_through();
         let left = trainer.home().left();
@@ -273,10 +275,10 @@ impl Prepared {
         if let Some(left) = left {
             observer.left(&left);
         }
-        let (io_after, written) = gone_through?;
-        if let Some(written) = written {
-            written.finish()?;
-        }
+        let (io_after, finished, written) = gone_through?;
+        let written = written.and_then(|out| Ok(out.map(CheckpointWriter::finish).transpose()?));
+        finished?;
+        written?;
         let mut summary = Summary {
             parameters: self.layout.numel() as u64,
             state_bytes,

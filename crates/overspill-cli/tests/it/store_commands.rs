@@ -494,3 +494,22 @@ fn gc_lists_what_is_left_and_removes_only_what_it_is_told_to() {
     assert_eq!(well(place.run(&["gc"])).stdout, "no stores\n");
     place.run(&["gc", "nowhere"]).refused(&["cannot list nowhere"]);
 }
+
+#[test]
+fn gc_removes_all_parts_of_a_store_over_several_disks() {
+    let place = Place::new();
+    for disk in ["one", "two"] {
+        fs::create_dir(place.path(disk)).unwrap();
+    }
+    well(place.train(&["--swap-dir", "one,two", "--keep", "--quiet"]));
+    for manifest in ["manifest", "manifest.previous"] {
+        fs::remove_file(place.path("one/overspill-store").join(manifest)).unwrap();
+    }
+    let removed = numbers(&place, &["gc", "one", "two", "--remove"]);
+    let entries = removed["directories"].as_array().unwrap();
+    assert_eq!(entries.len(), 2, "{removed}");
+    assert!(entries.iter().all(|entry| entry["removed"] == true), "{removed}");
+    for disk in ["one", "two"] {
+        assert!(!place.path(disk).join("overspill-store").exists());
+    }
+}

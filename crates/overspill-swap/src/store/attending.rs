@@ -5,7 +5,9 @@
 
 use std::io;
 
-use super::{Standing, State, Store, failed};
+use overspill_io::IoError;
+
+use super::{Standing, State, Store};
 use crate::error::StoreError;
 use crate::snapshot;
 use crate::wish::{self, Sight, Taken};
@@ -24,6 +26,8 @@ impl Store {
         self.let_go(state, missing);
         for name in wishes {
             let Some(taken) = Taken::take(self.path(), &name) else { continue };
+            // It may have been given up since the names were read.
+            self.let_go(state, vec![name.clone()]);
             let is_there = state.ledger.pins().any(|pin| pin == name);
             let granted = if is_there { self.flush_names(state) } else { self.keep_committed(state, &name) };
             match granted {
@@ -42,7 +46,8 @@ impl Store {
         // A list that others change while it is read may lack a name; the name itself is asked for.
         names.retain(|name| {
             let found = std::fs::symlink_metadata(snapshot::path(self.path(), name));
-            found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+            let is_gone = found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+            is_gone && state.ledger.pins().any(|pin| pin == name)
         });
         if !names.is_empty() && self.flush_names(state).is_ok() {
             for name in names {
@@ -51,7 +56,8 @@ impl Store {
         }
     }
 
-    /// Gives the committed generation one more name, and keeps what it names.
+    /// Gives the committed generation one more name, and keeps what it names. The room that the steps to come will miss
+    /// then is taken before, so that no step fails for a snapshot.
     pub(super) fn keep_committed(&self, state: &mut State, name: &str) -> Result<(), StoreError> {
         if !matches!(state.standing, Standing::Committed { .. }) {
             return Err(StoreError::NothingCommitted { path: self.path().to_owned() });
@@ -60,12 +66,25 @@ impl Store {
         if state.ledger.pin(name, &records).is_err() {
             return Err(StoreError::SnapshotExists { name: name.to_owned(), path: self.path().to_owned() });
         }
-        if let Err(error) = snapshot::make(self.path(), name) {
+        let made = self.make_room(state, name).and_then(|()| snapshot::make(self.path(), name));
+        if let Err(error) = made {
             state.ledger.unpin(name);
             return Err(error);
         }
         // From here on the name may be found, durable or not, so what it names stays.
         self.flush_names(state)
+    }
+
+    /// Makes the data files long enough for the steps to come and everything that is pinned.
+    fn make_room(&self, state: &mut State, name: &str) -> Result<(), StoreError> {
+        let room = state.ledger.room_bytes(state.ledger.needed_bytes());
+        self.grow_to(state, room).map_err(|error| match error {
+            IoError::NoSpace { needed, free: available, .. } => {
+                let (name, path) = (name.to_owned(), self.path().to_owned());
+                StoreError::SnapshotRoom { name, path, needed, available }
+            }
+            error => error.into(),
+        })
     }
 
     /// Makes the names in the home durable. Once that has failed nobody knows what a later success is worth.
@@ -75,6 +94,6 @@ impl Store {
         }
         let flushed = self.inner.home.sync();
         state.names_unknown = flushed.is_err();
-        flushed.map_err(|source| failed("flush", self.path(), source))
+        flushed.map_err(|source| StoreError::directory("flush", self.path(), source))
     }
 }

@@ -14,7 +14,7 @@
 //! With [`Durability::Step`] no byte of the committed generation is written to, so a process that dies at any moment
 //! leaves the state of its last commit, and [`Store::open`] finds it. A snapshot is one more name for a manifest,
 //! whose extents are not free while it has it. The data files are preallocated at creation for all that commits need,
-//! so a disk that is too full is found before anything depends on it; snapshots make them grow.
+//! so a disk that is too full is found before anything depends on it; a snapshot makes them grow, or is refused.
 //!
 //! The extents lie in one space of bytes over all volumes. The first volume's directory is the store's home, with the
 //! manifests in it; the others hold data files only. A volume that fails fails the tensors that have bytes there.
@@ -27,18 +27,17 @@ mod opening;
 mod view;
 
 use std::collections::HashSet;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub(crate) use self::opening::{check_dealt_alike, space_over};
+pub(crate) use self::opening::{check_dealt_alike, check_length, check_lengths, other_files, space_over};
 
 use overspill_io::{EngineStats, Lane, Space};
 
 pub use self::view::{View, ViewLoading};
 use crate::directory::Directory;
-use crate::error::StoreError;
-use crate::extent::{EXTENT_ALIGNMENT, Extent};
+use crate::error::{Fallback, StoreError};
+use crate::extent::EXTENT_ALIGNMENT;
 use crate::ledger::{self, Durability, Key, Ledger, Working, Worth};
 use crate::manifest::{LaneRecord, META_LEVELS_MAX, Manifest, is_deeper};
 use crate::steps::{Step, step};
@@ -231,7 +230,11 @@ impl Store {
             state.standing = Standing::Unknown;
             return Err(error.into());
         }
-        self.inner.home.prepare(&manifest.encode())?;
+        let fallback = match state.standing {
+            Standing::Committed { .. } => Fallback::LastCommit,
+            Standing::Nothing | Standing::Withdrawn | Standing::Unknown => Fallback::Nothing,
+        };
+        self.inner.home.prepare(&manifest.encode(), fallback)?;
         if let Err(error) = self.inner.home.replace() {
             state.standing = Standing::Unknown;
             return Err(error);
@@ -263,15 +266,14 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::SnapshotName`] for a name that could not be a file's, [`StoreError::SnapshotExists`],
-    /// [`StoreError::NothingCommitted`], [`StoreError::Poisoned`], [`StoreError::Directory`].
+    /// [`StoreError::NothingCommitted`], [`StoreError::SnapshotRoom`] when there is no room for the steps after it,
+    /// [`StoreError::Poisoned`], [`StoreError::Directory`], [`StoreError::Io`].
     pub fn snapshot(&self, name: &str) -> Result<(), StoreError> {
         let mut state = self.state();
         snapshot::check_name(name)?;
         self.check_sound(&state)?;
-        if state.ledger.pins().any(|pin| pin == name) {
-            // Another process may have given it up since the last commit.
-            self.let_go(&mut state, vec![name.to_owned()]);
-        }
+        // Another process may have given it up since the last commit.
+        self.let_go(&mut state, vec![name.to_owned()]);
         self.keep_committed(&mut state, name)
     }
 
@@ -395,16 +397,11 @@ impl Store {
         };
         self.inner.space.lanes().iter().map(record).collect()
     }
-
-    /// The data file that an extent begins in, and where in it.
-    fn begin(&self, extent: Extent) -> (PathBuf, u64) {
-        let space = &self.inner.space;
-        let mut pieces = space.stripes().pieces(extent.offset, EXTENT_ALIGNMENT as usize);
-        let piece = pieces.next().expect("an extent has a first byte");
-        (space.lanes()[piece.lane].file.path().to_owned(), piece.offset)
-    }
 }
 
-fn failed(action: &'static str, path: &Path, source: io::Error) -> StoreError {
-    StoreError::Directory { action, path: path.to_owned(), source }
+/// The data file that the unit of a space at `offset` begins in, and where in it.
+pub(crate) fn begin_of(space: &Space, offset: u64) -> (PathBuf, u64) {
+    let mut pieces = space.stripes().pieces(offset, EXTENT_ALIGNMENT as usize);
+    let piece = pieces.next().expect("a unit of the space has a first byte");
+    (space.lanes()[piece.lane].file.path().to_owned(), piece.offset)
 }

@@ -2,7 +2,7 @@
 
 use overspill_io::{IoError, Space};
 
-use super::{GROWTH_BYTES, Standing, State, Store, failed};
+use super::{GROWTH_BYTES, Standing, State, Store, begin_of};
 use crate::directory::MANIFEST;
 use crate::error::StoreError;
 use crate::extent::{EXTENT_ALIGNMENT, Extent};
@@ -46,7 +46,8 @@ impl Store {
         let Begun { extent, committed_version_lost } = match state.ledger.begin_write(key) {
             Ok(begun) => begun,
             Err(full) => {
-                self.grow(&mut state, full.requested)?;
+                let grown = self.grow(&mut state, full.requested);
+                grown.map_err(|error| self.no_room(&state, error))?;
                 let again = state.ledger.begin_write(key);
                 again.expect("the space has just grown by more than this")
             }
@@ -79,7 +80,7 @@ impl Store {
             return Ok(());
         }
         let (tensor, length) = (self.name(key), self.bytes(key));
-        let (path, offset) = self.begin(version.extent);
+        let (path, offset) = begin_of(self.space(), version.extent.offset);
         Err(StoreError::Corrupt { tensor, path, offset, length, expected: version.checksum, found })
     }
 
@@ -87,20 +88,38 @@ impl Store {
         StoreError::Transfer { tensor: self.name(key), source }
     }
 
-    /// Makes the data files as long as [`Store::create`] would have made them.
+    /// Makes the data files as long as [`Store::create`] would have made them, and longer by what snapshots keep.
     ///
     /// # Errors
-    /// [`StoreError::Io`] when the file systems cannot hold them.
+    /// [`StoreError::Io`] when the file systems cannot hold them, and [`StoreError::KeptRoom`] when there are snapshots
+    /// that could be given up.
     pub fn provide(&self, capacity_bytes: u64) -> Result<(), StoreError> {
         let mut state = self.state();
+        let room = state.ledger.room_bytes(capacity_bytes);
+        self.grow_to(&mut state, room).map_err(|error| self.no_room(&state, error))
+    }
+
+    /// Makes the data files at least so long.
+    pub(super) fn grow_to(&self, state: &mut State, capacity_bytes: u64) -> Result<(), IoError> {
         match capacity_bytes.saturating_sub(state.ledger.extents().capacity()) {
             0 => Ok(()),
-            missing => self.grow(&mut state, missing),
+            missing => self.grow(state, missing),
         }
     }
 
-    /// Makes room for what snapshots keep.
-    fn grow(&self, state: &mut State, bytes: u64) -> Result<(), StoreError> {
+    /// Says why there is no room; where snapshots are a reason they are named.
+    fn no_room(&self, state: &State, source: IoError) -> StoreError {
+        let snapshots: Vec<String> = state.ledger.pins().map(str::to_owned).collect();
+        match source {
+            IoError::NoSpace { .. } if !snapshots.is_empty() => {
+                StoreError::KeptRoom { path: self.path().to_owned(), snapshots, source }
+            }
+            source => source.into(),
+        }
+    }
+
+    /// Makes the data files longer by so many bytes at least.
+    fn grow(&self, state: &mut State, bytes: u64) -> Result<(), IoError> {
         let present = state.ledger.extents().capacity();
         let aligned = |bytes: u64| bytes.checked_next_multiple_of(EXTENT_ALIGNMENT).unwrap_or(u64::MAX);
         let capacity = present.saturating_add(aligned(bytes.max(GROWTH_BYTES)));
@@ -110,7 +129,7 @@ impl Store {
         let grown = match self.inner.space.allocate(capacity) {
             Ok(()) => capacity,
             Err(IoError::NoSpace { .. }) => self.inner.space.allocate(enough).map(|()| enough)?,
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error),
         };
         step(Step::Grown);
         state.ledger.grow(grown);
@@ -119,6 +138,7 @@ impl Store {
 
     /// Takes the manifests away, durably: what they name is about to be overwritten.
     fn withdraw(&self) -> Result<(), StoreError> {
-        self.inner.home.withdraw().map_err(|source| failed("withdraw", &self.path().join(MANIFEST), source))
+        let withdrawn = self.inner.home.withdraw();
+        withdrawn.map_err(|source| StoreError::directory("withdraw", &self.path().join(MANIFEST), source))
     }
 }

@@ -6,16 +6,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use overspill_io::{Engine, Lane, Space, Stripes};
+use overspill_io::{Engine, File, IoError, Lane, Space, Stripes};
 use rustix::fs::{Mode, OFlags};
 
-use super::{Inner, Standing, State, Store, failed};
+use super::{Inner, Standing, State, Store};
 use crate::directory::{self, Directory, MANIFEST, MANIFEST_PREVIOUS};
 use crate::error::{Remedy, StoreError};
 use crate::extent::EXTENT_ALIGNMENT;
 use crate::ledger::{Conflict, Durability, Ledger};
 use crate::manifest::{Manifest, ManifestError};
-use crate::snapshot::{self, Found, Snapshot};
+use crate::snapshot::{self, Snapshot};
 use crate::volume::{self, Volume};
 
 impl Store {
@@ -56,13 +56,14 @@ impl Store {
         };
         let directories = volumes.iter().enumerate().map(create).collect::<Result<Vec<_>, _>>()?;
         let mut lanes = Vec::with_capacity(weights.len());
-        for ((engine, path), weight) in data_files(volumes, &directories).zip(weights) {
+        for ((engine, path), weight) in volumes.iter().flat_map(Volume::data_files).zip(weights) {
             lanes.push(Lane { engine: engine.clone(), file: engine.create(&path)?, weight });
         }
         let space = Space::new(lanes, Stripes::BYTES_DEFAULT)?;
         space.allocate(capacity_bytes)?;
         for directory in &directories {
-            directory.sync_names().map_err(|source| failed("flush", directory.path(), source))?;
+            let flushed = directory.sync_names();
+            flushed.map_err(|source| StoreError::directory("flush", directory.path(), source))?;
         }
         let ledger = Ledger::new(durability, capacity_bytes);
         let manifest = Manifest { store: identity, ..Manifest::default() };
@@ -93,17 +94,12 @@ impl Store {
         let path = volumes.first().map_or(Path::new(""), |home| &home.directory);
         let manifest_path = path.join(MANIFEST);
         let manifest = Self::committed(path)?;
-        let space = space_over(volumes, &directories, &manifest)?;
+        let space = space_over(volumes, &manifest, &manifest_path, Engine::open)?;
         let (snapshots, foreign) = snapshot::list(path, Some(manifest.store))?;
         // The data files grow and never shrink; a restored snapshot knows only how long they were then.
         let capacities = snapshots.iter().map(|snapshot| snapshot.manifest.capacity());
         let capacity_bytes = capacities.fold(manifest.capacity(), u64::max);
-        for (index, lane) in space.lanes().iter().enumerate() {
-            let (length, needed) = (lane.file.len()?, space.stripes().lane_bytes(index, capacity_bytes));
-            if length < needed {
-                return Err(StoreError::Truncated { path: lane.file.path().to_owned(), length, needed });
-            }
-        }
+        check_lengths(&space, capacity_bytes)?;
         let contradicts = |path: PathBuf| {
             |Conflict { tensor }| {
                 let reason = format!("tensor {tensor} has bytes of another");
@@ -138,9 +134,10 @@ impl Store {
                 Err(StoreError::NothingCommitted { path: path.to_owned() })
             }
             Err(StoreError::Manifest { path: manifest, source, .. }) => {
-                let previous = directory::read_manifest(&path.join(MANIFEST_PREVIOUS));
-                let remedy =
-                    previous.map_or(Remedy::None, |_| Remedy::RestorePrevious { path: path.to_owned() });
+                let remedy = Remedy::for_manifest(&source, || {
+                    let previous = directory::read_manifest(&path.join(MANIFEST_PREVIOUS));
+                    previous.map_or(Remedy::None, |_| Remedy::RestorePrevious { path: path.to_owned() })
+                });
                 Err(StoreError::Manifest { path: manifest, source, remedy })
             }
             read => read,
@@ -160,23 +157,22 @@ impl Store {
         snapshot::check_name(snapshot)?;
         let directory = Directory::open(path, 0)?;
         let store = directory::read_label(path).map(|(store, _)| store);
-        match snapshot::find(path, snapshot, store)? {
-            Found::Snapshot(manifest) => Self::make_current(&directory, manifest).map(drop),
-            Found::Foreign | Found::Nothing => {
-                let (name, known) = (snapshot.to_owned(), snapshot::known(path, store)?);
-                Err(StoreError::NoSnapshot { name, path: path.to_owned(), known })
-            }
-        }
+        Self::make_current(&directory, snapshot::get(path, snapshot, store)?).map(drop)
     }
 
     /// Makes the generation before the last commit the current one again, of a store that nobody has open: what it
     /// has lost since shows when it is verified.
     ///
     /// # Errors
-    /// As [`Store::open`].
+    /// As [`Store::open`], and [`StoreError::NoPrevious`].
     pub fn restore_previous(path: &Path) -> Result<(), StoreError> {
         let directory = Directory::open(path, 0)?;
-        let manifest = directory::read_manifest(&path.join(MANIFEST_PREVIOUS))?;
+        let manifest = match directory::read_manifest(&path.join(MANIFEST_PREVIOUS)) {
+            Err(StoreError::Directory { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(StoreError::NoPrevious { path: path.to_owned() });
+            }
+            read => read?,
+        };
         Self::make_current(&directory, manifest).map(drop)
     }
 
@@ -184,8 +180,11 @@ impl Store {
     pub(crate) fn make_current(directory: &Directory, mut next: Manifest) -> Result<u64, StoreError> {
         // The one that is current now may be what is damaged.
         let current = directory::read_manifest(&directory.path().join(MANIFEST));
-        let generation = current.map_or(next.generation, |current| current.generation);
+        let (generation, bytes_written) =
+            current.map_or((0, 0), |current| (current.generation, current.bytes_written));
         next.generation = generation.max(next.generation).saturating_add(1);
+        // What was written since wore the drives, too.
+        next.bytes_written = bytes_written.max(next.bytes_written);
         directory.sign()?;
         directory.publish(&next.encode())?;
         Ok(next.generation)
@@ -231,7 +230,7 @@ impl Store {
             let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY;
             let (space, device) = rustix::fs::open(parent, flags, Mode::empty())
                 .and_then(|parent| Ok((rustix::fs::fstatvfs(&parent)?, rustix::fs::fstat(&parent)?.st_dev)))
-                .map_err(|errno| failed("create", path, errno.into()))?;
+                .map_err(|errno| StoreError::directory("create", path, errno.into()))?;
             claims.push((device, stripes.lane_bytes(index, capacity)));
             let needed = claims
                 .iter()
@@ -246,32 +245,56 @@ impl Store {
     }
 }
 
-/// The space over the data files of all volumes, as a manifest deals it to them.
+/// The space over the data files of all volumes, as a manifest deals it to them; the files are opened by `open`.
 ///
 /// # Errors
 /// [`StoreError::Volumes`] and [`StoreError::ForeignVolume`] when these are not the volumes that it means.
 pub(crate) fn space_over(
     volumes: &[Volume],
-    directories: &[Directory],
     manifest: &Manifest,
+    manifest_path: &Path,
+    open: impl Fn(&Engine, &Path) -> Result<File, IoError>,
 ) -> Result<Space, StoreError> {
-    let home = directories.first().map_or(Path::new(""), Directory::path);
-    let found = data_files(volumes, directories).count();
-    if manifest.lanes.len() != found {
-        let files = manifest.lanes.iter().map(|lane| lane.file.clone()).collect();
-        return Err(StoreError::Volumes { path: home.join(MANIFEST), files, found });
+    let files: Vec<(&Engine, PathBuf)> = volumes.iter().flat_map(Volume::data_files).collect();
+    if manifest.lanes.len() != files.len() {
+        return Err(other_files(manifest, manifest_path, files.len()));
     }
-    for (index, volume) in directories.iter().enumerate() {
-        if manifest.store != 0 && volume.label()? != directory::label(manifest.store, index) {
-            let (path, home) = (volume.path().to_owned(), home.to_owned());
+    for (index, Volume { directory, .. }) in volumes.iter().enumerate() {
+        let label = directory::label_text(directory)?;
+        if manifest.store != 0 && label != directory::label(manifest.store, index) {
+            let (path, home) = (directory.clone(), volumes[0].directory.clone());
             return Err(StoreError::ForeignVolume { path, home });
         }
     }
-    let mut lanes = Vec::with_capacity(found);
-    for ((engine, path), record) in data_files(volumes, directories).zip(&manifest.lanes) {
-        lanes.push(Lane { engine: engine.clone(), file: engine.open(&path)?, weight: record.weight });
+    let mut lanes = Vec::with_capacity(files.len());
+    for ((engine, path), record) in files.into_iter().zip(&manifest.lanes) {
+        lanes.push(Lane { engine: engine.clone(), file: open(engine, &path)?, weight: record.weight });
     }
     Ok(Space::new(lanes, manifest.stripe_bytes)?)
+}
+
+/// Says that a manifest is about other data files than the `found` ones.
+pub(crate) fn other_files(manifest: &Manifest, manifest_path: &Path, found: usize) -> StoreError {
+    let files = manifest.lanes.iter().map(|lane| lane.file.clone()).collect();
+    StoreError::Volumes { path: manifest_path.to_owned(), files, found }
+}
+
+/// Whether the data files are as long as a space of so many bytes.
+pub(crate) fn check_lengths(space: &Space, capacity_bytes: u64) -> Result<(), StoreError> {
+    for (index, lane) in space.lanes().iter().enumerate() {
+        let needed = space.stripes().lane_bytes(index, capacity_bytes);
+        check_length(lane.file.path(), lane.file.len()?, needed)?;
+    }
+    Ok(())
+}
+
+/// Whether a data file is as long as it has to be.
+pub(crate) fn check_length(path: &Path, length: u64, needed: u64) -> Result<(), StoreError> {
+    if length >= needed {
+        Ok(())
+    } else {
+        Err(StoreError::Truncated { path: path.to_owned(), length, needed })
+    }
 }
 
 /// A snapshot's offsets mean something only in the space of the current generation.
@@ -287,14 +310,4 @@ pub(crate) fn check_dealt_alike(path: &Path, other: &Manifest, current: &Manifes
 /// More than any file can have stays more than that.
 fn aligned(bytes: u64) -> u64 {
     bytes.checked_next_multiple_of(EXTENT_ALIGNMENT).unwrap_or(u64::MAX - u64::MAX % EXTENT_ALIGNMENT)
-}
-
-/// Every volume's data files, each with its engine, in the order of the lanes.
-fn data_files<'a>(
-    volumes: &'a [Volume],
-    directories: &'a [Directory],
-) -> impl Iterator<Item = (&'a Engine, PathBuf)> {
-    volumes.iter().zip(directories).flat_map(|(volume, directory)| {
-        volume.engines.iter().enumerate().map(|(ring, engine)| (engine, directory.data(ring)))
-    })
 }

@@ -9,14 +9,14 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use overspill_io::{Block, Engine, IoError, Lane, Priority, Space, Ticket};
+use overspill_io::{Block, Engine, IoError, Priority, Space, Ticket};
 
-use super::Store;
+use super::{Store, begin_of, check_lengths, space_over};
 use crate::directory::{self, Directory, MANIFEST};
 use crate::error::StoreError;
-use crate::extent::{EXTENT_ALIGNMENT, Extent};
-use crate::manifest::{LaneRecord, Manifest, TensorRecord, checksum};
-use crate::snapshot::{self, Found};
+use crate::extent::Extent;
+use crate::manifest::{Manifest, TensorRecord, checksum};
+use crate::snapshot;
 use crate::volume::Volume;
 
 /// A generation of a store, open for reading.
@@ -88,35 +88,14 @@ impl View {
         manifest: Manifest,
         snapshot: Option<&str>,
     ) -> Result<Self, StoreError> {
-        let files: Vec<(&Engine, PathBuf)> = volumes.iter().flat_map(data_files).collect();
-        if manifest.lanes.len() != files.len() {
-            let (path, found) = (manifest_path.to_owned(), files.len());
-            let files = manifest.lanes.into_iter().map(|lane| lane.file).collect();
-            return Err(StoreError::Volumes { path, files, found });
-        }
         let home = home(volumes)?.to_owned();
-        for (index, volume) in volumes.iter().enumerate() {
-            let label = directory::label_text(&volume.directory)?;
-            if manifest.store != 0 && label != directory::label(manifest.store, index) {
-                return Err(StoreError::ForeignVolume { path: volume.directory.clone(), home });
-            }
-        }
+        let space = space_over(volumes, &manifest, manifest_path, Engine::open_to_read)?;
         let tensors = manifest.tensors.iter().map(|record| {
             let extent = record.extent().expect("a decoded manifest has possible extents only");
             (record, extent)
         });
         let end = tensors.clone().map(|(_, extent)| extent.end()).max().unwrap_or(0);
-        let mut lanes = Vec::with_capacity(files.len());
-        for ((engine, path), LaneRecord { weight, .. }) in files.into_iter().zip(&manifest.lanes) {
-            lanes.push(Lane { engine: engine.clone(), file: engine.open_to_read(&path)?, weight: *weight });
-        }
-        let space = Space::new(lanes, manifest.stripe_bytes)?;
-        for (index, lane) in space.lanes().iter().enumerate() {
-            let (length, needed) = (lane.file.len()?, space.stripes().lane_bytes(index, end));
-            if length < needed {
-                return Err(StoreError::Truncated { path: lane.file.path().to_owned(), length, needed });
-            }
-        }
+        check_lengths(&space, end)?;
         let version = |(record, extent): (&TensorRecord, Extent)| {
             let bytes = usize::try_from(record.length).unwrap_or(usize::MAX);
             (record.name.clone(), Version { extent, bytes, checksum: record.checksum })
@@ -176,16 +155,18 @@ impl View {
     /// Why the bytes are others than those that were stored.
     fn lost(&self, tensor: String, version: Version, found: u64) -> StoreError {
         // Without the snapshot its owner may put other tensors there.
-        if let Some(name) = &self.snapshot
-            && let Err(gone @ StoreError::NoSnapshot { .. }) = Store::snapshot_of(&self.home, name)
-        {
-            return gone;
+        if let Some(name) = &self.snapshot {
+            match Store::snapshot_of(&self.home, name) {
+                Err(gone @ StoreError::NoSnapshot { .. }) => return gone,
+                Ok(other) if other.generation != self.generation => {
+                    return StoreError::SnapshotReplaced { name: name.clone(), path: self.home.clone() };
+                }
+                Ok(_) | Err(_) => {}
+            }
         }
-        let mut pieces = self.space.stripes().pieces(version.extent.offset, EXTENT_ALIGNMENT as usize);
-        let piece = pieces.next().expect("an extent has a first byte");
-        let path = self.space.lanes()[piece.lane].file.path().to_owned();
+        let (path, offset) = begin_of(&self.space, version.extent.offset);
         let Version { bytes: length, checksum: expected, .. } = version;
-        StoreError::Corrupt { tensor, path, offset: piece.offset, length, expected, found }
+        StoreError::Corrupt { tensor, path, offset, length, expected, found }
     }
 }
 
@@ -193,8 +174,8 @@ impl ViewLoading<'_> {
     /// Waits for the bytes and compares their checksum with what was stored.
     ///
     /// # Errors
-    /// [`StoreError::Corrupt`], [`StoreError::Transfer`]; [`StoreError::NoSnapshot`] when the bytes are others because
-    /// the snapshot was deleted.
+    /// [`StoreError::Corrupt`], [`StoreError::Transfer`]; when the bytes are others because the snapshot was deleted,
+    /// [`StoreError::NoSnapshot`], or [`StoreError::SnapshotReplaced`] if there is another one of its name.
     pub fn wait(self) -> Result<Block, StoreError> {
         let Self { view, tensor, version, ticket } = self;
         let block = match ticket.wait() {
@@ -214,23 +195,11 @@ impl Store {
     pub fn snapshot_of(path: &Path, name: &str) -> Result<Manifest, StoreError> {
         snapshot::check_name(name)?;
         let store = directory::read_label(path).map(|(store, _)| store);
-        match snapshot::find(path, name, store)? {
-            Found::Snapshot(manifest) => Ok(manifest),
-            Found::Foreign | Found::Nothing => {
-                let known = snapshot::known(path, store)?;
-                Err(StoreError::NoSnapshot { name: name.to_owned(), path: path.to_owned(), known })
-            }
-        }
+        snapshot::get(path, name, store)
     }
 }
 
 fn home(volumes: &[Volume]) -> Result<&Path, StoreError> {
     let none = IoError::Config { field: "volumes", value: 0, requirement: "at least 1" };
     volumes.first().map(|home| &*home.directory).ok_or(StoreError::Io(none))
-}
-
-/// A volume's data files, each with its engine.
-fn data_files(volume: &Volume) -> impl Iterator<Item = (&Engine, PathBuf)> {
-    let file = |ring| volume.directory.join(directory::data_name(ring));
-    volume.engines.iter().enumerate().map(move |(ring, engine)| (engine, file(ring)))
 }

@@ -4,24 +4,25 @@
 //! generations ─► distinct extents, by offset ─► blocks of a pool, many with the kernel at a time ─► checksum, in order
 //! ```
 //!
-//! Versions that several generations share are read once. Nobody can open the store meanwhile: its lock is held. The
+//! Parts are waited for in the order in which they are asked for, so one checksum is under way at a time, and beside
+//! the manifests an extent takes a claim of a few bytes for each generation. Versions that several generations share are read once. Nobody can open the store meanwhile: its lock is held. The
 //! previous generation is read too, but nobody promised it: what it names is free since the last commit, and may have
 //! been overwritten.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use overspill_io::{IoError, Pool, Priority, Space, Ticket};
+use overspill_io::{Engine, IoError, Pool, Priority, Space, Ticket};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{Generation, GenerationState, is_store, read_generations};
 use crate::directory::{Directory, MANIFEST};
 use crate::error::StoreError;
 use crate::extent::EXTENT_ALIGNMENT;
-use crate::manifest::Manifest;
-use crate::store::{Store, check_dealt_alike, space_over};
+use crate::manifest::{Manifest, TensorRecord};
+use crate::store::{Store, begin_of, check_dealt_alike, check_lengths, space_over};
 use crate::volume::Volume;
 
 /// A store that is held locked to be looked through.
@@ -114,25 +115,23 @@ pub struct Findings {
     pub bytes: u64,
 }
 
-/// A tensor of a generation, which has some extent.
+/// A tensor of a generation, which has some extent. There is one for each tensor of each generation.
+#[derive(Clone, Copy)]
 struct Claim<'a> {
-    tensor: &'a str,
-    checksum: u64,
-    generation: usize,
+    record: &'a TensorRecord,
+    generation: u32,
 }
 
-/// The bytes of one extent, so far.
-struct Sum {
-    hasher: Xxh3,
-    failed: Option<IoError>,
-}
+const _: () =
+    assert!(size_of::<Claim<'_>>() <= 16, "a store of a million tensors is verified in little memory");
 
 /// A part of an extent, on its way in.
-struct Reading {
+struct Reading<'a> {
     ticket: Ticket,
     /// Bytes of the tensor in it; the rest pads it.
     bytes: usize,
-    extent: usize,
+    /// Who has the extent, if this is its last part.
+    last_of: Option<&'a [Claim<'a>]>,
 }
 
 impl Examination {
@@ -153,14 +152,14 @@ impl Examination {
             let flaw = generations.into_iter().find_map(|state| state.flaw);
             return Err(flaw.unwrap_or_else(|| StoreError::NothingCommitted { path: home.to_owned() }));
         };
-        let space = space_over(volumes, &directories, &reference)?;
+        let space = space_over(volumes, &reference, &home.join(MANIFEST), Engine::open)?;
         for directory in &directories {
             directory.sign()?;
         }
         for state in &mut generations {
             let Some(manifest) = &state.manifest else { continue };
             let dealt = check_dealt_alike(&home.join(MANIFEST), manifest, &reference);
-            state.flaw = dealt.and_then(|()| check_lengths(&space, manifest)).err();
+            state.flaw = dealt.and_then(|()| check_lengths(&space, manifest.capacity())).err();
         }
         Ok(Self { space, generations, directories })
     }
@@ -169,8 +168,8 @@ impl Examination {
     /// read, and may break it off; nothing is found then.
     ///
     /// # Errors
-    /// [`StoreError::NoSnapshot`] and [`StoreError::NothingCommitted`] when there is no generation in scope,
-    /// [`StoreError::Pool`]. Damage is no error.
+    /// [`StoreError::NoSnapshot`], [`StoreError::NoPrevious`] and [`StoreError::NothingCommitted`] when there is no
+    /// generation in scope, [`StoreError::Pool`]. Damage is no error.
     ///
     /// # Panics
     /// When the length of a block is no multiple of [`EXTENT_ALIGNMENT`].
@@ -191,39 +190,48 @@ impl Examination {
             return Err(self.missing(generation));
         }
         let claims = claims(&states);
-        let keys: Vec<(u64, u64)> = claims.keys().copied().collect();
-        let total = keys.iter().fold(0, |sum: u64, key| sum.saturating_add(key.1));
-        let mut sums: Vec<Sum> = Vec::with_capacity(keys.len());
-        sums.resize_with(keys.len(), || Sum { hasher: Xxh3::new(), failed: None });
-        let mut parts = keys.iter().enumerate().flat_map(|(extent, &(offset, length))| {
-            (0..length).step_by(block_bytes).map(move |at| {
-                let bytes = (length - at).min(block_bytes as u64) as usize;
-                (extent, offset + at, bytes)
+        let extents = || claims.chunk_by(|a, b| a.extent() == b.extent());
+        let total = extents().fold(0, |sum: u64, claims| sum.saturating_add(claims[0].record.length));
+        let mut findings = Findings::before(&states);
+        findings.bytes = total;
+        let mut parts = extents().flat_map(|claims| {
+            let (offset, length) = claims[0].extent();
+            // Of no bytes one part is none of them.
+            (0..length.max(1)).step_by(block_bytes).map(move |at| {
+                let left = length - at;
+                let last_of = (left <= block_bytes as u64).then_some(claims);
+                (offset + at, left.min(block_bytes as u64) as usize, last_of)
             })
         });
-        let (mut under_way, mut done) = (VecDeque::<Reading>::new(), 0_u64);
+        let (mut under_way, mut done) = (VecDeque::<Reading<'_>>::new(), 0_u64);
+        let (mut hasher, mut failure) = (Xxh3::new(), None);
         loop {
             while under_way.len() < count.max(1)
-                && let Some((extent, offset, bytes)) = parts.next()
+                && let Some((offset, bytes, last_of)) = parts.next()
             {
-                let padded = bytes.next_multiple_of(EXTENT_ALIGNMENT as usize);
+                let padded = bytes.max(1).next_multiple_of(EXTENT_ALIGNMENT as usize);
                 let block = pool.lease(padded)?;
                 let ticket = self.space.read(offset, block, Priority::Background);
-                under_way.push_back(Reading { ticket, bytes, extent });
+                under_way.push_back(Reading { ticket, bytes, last_of });
             }
-            let Some(Reading { ticket, bytes, extent }) = under_way.pop_front() else { break };
+            let Some(Reading { ticket, bytes, last_of }) = under_way.pop_front() else { break };
             match ticket.wait() {
-                Ok(block) => sums[extent].hasher.update(&block[..bytes]),
+                Ok(block) => hasher.update(&block[..bytes]),
                 Err(failed) => {
-                    sums[extent].failed.get_or_insert(failed.error);
+                    failure.get_or_insert(failed.error);
                 }
+            }
+            if let Some(claims) = last_of {
+                let found = failure.take().map_or_else(|| Ok(hasher.digest()), Err);
+                findings.judge(claims, &found, &self.space);
+                hasher.reset();
             }
             done += bytes as u64;
             if progress(done, total).is_break() {
                 return Ok(None);
             }
         }
-        Ok(Some(self.findings(&states, &claims, sums, total)))
+        Ok(Some(findings))
     }
 
     /// Makes a generation the current one, under a number of its own, which is returned.
@@ -239,21 +247,22 @@ impl Examination {
 
     fn missing(&self, generation: &Generation) -> StoreError {
         let path = self.directories[0].path().to_owned();
-        let Generation::Snapshot(name) = generation else { return StoreError::NothingCommitted { path } };
+        let name = match generation {
+            Generation::Committed => return StoreError::NothingCommitted { path },
+            Generation::Previous => return StoreError::NoPrevious { path },
+            Generation::Snapshot(name) => name,
+        };
         let known = self.generations.iter().filter_map(|state| match &state.generation {
             Generation::Snapshot(name) => Some(name.clone()),
             Generation::Committed | Generation::Previous => None,
         });
         StoreError::NoSnapshot { name: name.clone(), path, known: known.collect() }
     }
+}
 
-    fn findings(
-        &self,
-        states: &[&GenerationState],
-        claims: &BTreeMap<(u64, u64), Vec<Claim<'_>>>,
-        sums: Vec<Sum>,
-        bytes: u64,
-    ) -> Findings {
+impl Findings {
+    /// What is known of these generations before they are read.
+    fn before(states: &[&GenerationState]) -> Self {
         let verdict = |state: &&GenerationState| Verdict {
             generation: state.generation.clone(),
             number: state.manifest.as_ref().map(|manifest| manifest.generation),
@@ -262,44 +271,38 @@ impl Examination {
             damaged: 0,
             flaw: state.flaw.as_ref().map(ToString::to_string),
         };
-        let mut verdicts: Vec<Verdict> = states.iter().map(verdict).collect();
-        let mut damaged: Vec<Damaged> = Vec::new();
-        for ((&(offset, length), claims), sum) in claims.iter().zip(sums) {
-            let found = sum.hasher.digest();
-            let first = damaged.len();
-            for claim in claims {
-                let damage = match &sum.failed {
-                    Some(error) => Damage::Unreadable(error.clone()),
-                    None if claim.checksum == found => continue,
-                    None => Damage::Checksum { expected: claim.checksum, found },
-                };
-                verdicts[claim.generation].damaged += 1;
-                let generation = verdicts[claim.generation].generation.clone();
-                let same = |other: &&mut Damaged| {
-                    other.tensor == claim.tensor && other.damage.expected() == damage.expected()
-                };
-                match damaged[first..].iter_mut().find(same) {
-                    Some(known) => known.generations.push(generation),
-                    None => {
-                        let (path, offset) = self.begin_of(offset);
-                        let (tensor, generations) = (claim.tensor.to_owned(), vec![generation]);
-                        damaged.push(Damaged { tensor, generations, path, offset, length, damage });
-                    }
+        let verdicts = states.iter().map(verdict).collect();
+        Self { verdicts, damaged: Vec::new(), extents: 0, bytes: 0 }
+    }
+
+    /// Takes up what the bytes of one extent were `found` to be, which all of these have.
+    fn judge(&mut self, claims: &[Claim<'_>], found: &Result<u64, IoError>, space: &Space) {
+        self.extents += 1;
+        let first = self.damaged.len();
+        for &Claim { record, generation } in claims {
+            let damage = match found {
+                Err(error) => Damage::Unreadable(error.clone()),
+                Ok(found) if record.checksum == *found => continue,
+                &Ok(found) => Damage::Checksum { expected: record.checksum, found },
+            };
+            let verdict = &mut self.verdicts[generation as usize];
+            verdict.damaged += 1;
+            let generation = verdict.generation.clone();
+            let same = |other: &&mut Damaged| {
+                other.tensor == record.name && other.damage.expected() == damage.expected()
+            };
+            match self.damaged[first..].iter_mut().find(same) {
+                Some(known) => known.generations.push(generation),
+                None => {
+                    let (path, offset) = begin_of(space, record.offset);
+                    let (tensor, generations, length) =
+                        (record.name.clone(), vec![generation], record.length);
+                    self.damaged.push(Damaged { tensor, generations, path, offset, length, damage });
                 }
             }
         }
-        Findings { verdicts, damaged, extents: claims.len(), bytes }
     }
 
-    /// The data file that a byte of the space is in, and where in it.
-    fn begin_of(&self, offset: u64) -> (PathBuf, u64) {
-        let mut pieces = self.space.stripes().pieces(offset, EXTENT_ALIGNMENT as usize);
-        let piece = pieces.next().expect("a unit of the space has a first byte");
-        (self.space.lanes()[piece.lane].file.path().to_owned(), piece.offset)
-    }
-}
-
-impl Findings {
     /// Whether a generation is whole.
     pub fn is_whole(&self, generation: &Generation) -> bool {
         self.verdicts.iter().any(|verdict| verdict.generation == *generation && verdict.is_whole())
@@ -348,26 +351,26 @@ impl fmt::Display for Damaged {
     }
 }
 
-/// Who has which extent, by offset and length. What the files cannot have is known to be damaged and still read.
-fn claims<'a>(states: &[&'a GenerationState]) -> BTreeMap<(u64, u64), Vec<Claim<'a>>> {
-    let mut claims: BTreeMap<(u64, u64), Vec<Claim<'a>>> = BTreeMap::new();
-    for (generation, state) in states.iter().enumerate() {
-        // Of bytes that are dealt in another way nothing can be said.
-        let readable = matches!(state.flaw, None | Some(StoreError::Truncated { .. }));
-        for record in state.manifest.iter().filter(|_| readable).flat_map(|manifest| &manifest.tensors) {
-            let claim = Claim { tensor: &record.name, checksum: record.checksum, generation };
-            claims.entry((record.offset, record.length)).or_default().push(claim);
-        }
+impl Claim<'_> {
+    /// Offset and length.
+    fn extent(&self) -> (u64, u64) {
+        (self.record.offset, self.record.length)
     }
-    claims
 }
 
-fn check_lengths(space: &Space, manifest: &Manifest) -> Result<(), StoreError> {
-    for (index, lane) in space.lanes().iter().enumerate() {
-        let (length, needed) = (lane.file.len()?, space.stripes().lane_bytes(index, manifest.capacity()));
-        if length < needed {
-            return Err(StoreError::Truncated { path: lane.file.path().to_owned(), length, needed });
-        }
+/// Who has which extent, by offset and length. What the files cannot have is known to be damaged and still read.
+fn claims<'a>(states: &[&'a GenerationState]) -> Vec<Claim<'a>> {
+    // Of bytes that are dealt in another way nothing can be said.
+    let is_readable =
+        |state: &GenerationState| matches!(state.flaw, None | Some(StoreError::Truncated { .. }));
+    let records = |state: &'a GenerationState| {
+        let manifest = state.manifest.as_ref().filter(|_| is_readable(state));
+        manifest.map_or(&[][..], |manifest| &manifest.tensors)
+    };
+    let mut claims = Vec::with_capacity(states.iter().map(|state| records(state).len()).sum());
+    for (generation, state) in (0..).zip(states) {
+        claims.extend(records(state).iter().map(|record| Claim { record, generation }));
     }
-    Ok(())
+    claims.sort_unstable_by_key(|claim| (claim.extent(), claim.generation));
+    claims
 }

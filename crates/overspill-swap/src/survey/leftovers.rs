@@ -6,8 +6,10 @@
 //! files that a store makes go by their names, and the directory if nothing else is in it. Links are refused.
 //!
 //! A volume that is not a store's home does not know whether its bytes are a part of a committed state. Its home, which
-//! knows, is looked for among what was found; as long as it is missing, the volume counts as committed.
+//! knows, is looked for among what was found; as long as it is missing, the volume counts as committed. Of copies of a
+//! home any one that is committed will do. So volumes are listed, and removed, before homes.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -51,9 +53,9 @@ pub enum Remains {
     Volume {
         /// Which one, from 1.
         index: usize,
-        /// The store's home, if it was found.
-        home: Option<PathBuf>,
-        /// Whether the home has a committed state, or is not known.
+        /// The store's home, and copies of it, as far as they were found.
+        homes: Vec<PathBuf>,
+        /// Whether one of them has a committed state, or none is known.
         committed: bool,
     },
 }
@@ -69,7 +71,26 @@ impl Remains {
     }
 }
 
-/// The stores among these directories and the directories in them, by path. Links are not followed.
+/// What may be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// What nothing can be gone on from.
+    Worthless,
+    /// What may hold a state, too.
+    WithCommitted,
+}
+
+/// What became of a directory whose store was removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Removed {
+    /// What the store's files took, in bytes.
+    pub bytes: u64,
+    /// What else is in the directory, which keeps it.
+    pub others: Vec<String>,
+}
+
+/// The stores among these directories and the directories in them: first further volumes, then homes, each by path; in
+/// this order they can be removed. Links are not followed.
 ///
 /// # Errors
 /// [`StoreError::Directory`] for a directory that cannot be listed.
@@ -94,17 +115,20 @@ pub fn leftovers(directories: &[PathBuf]) -> Result<Vec<Leftover>, StoreError> {
         let (bytes_on_disk, last_used) = (bytes_on_disk(&path), last_used(&path));
         Leftover { path, owner, remains, bytes_on_disk, last_used }
     };
-    Ok(paths.into_iter().map(leftover).collect())
+    let mut found: Vec<Leftover> = paths.into_iter().map(leftover).collect();
+    found.sort_by_key(|leftover| !matches!(leftover.remains, Remains::Volume { .. }));
+    Ok(found)
 }
 
-/// Removes what the store made; returns what else is in the directory, which keeps it.
+/// Removes what the store made.
 ///
 /// # Errors
-/// [`StoreError::Locked`] when somebody has it by now, [`StoreError::Stays`] when it may hold a state (which
-/// `with_committed` accepts), or a link among its files; [`StoreError::Directory`].
-pub fn remove_leftover(leftover: &Leftover, with_committed: bool) -> Result<Vec<String>, StoreError> {
+/// [`StoreError::Locked`] when somebody has it by now, [`StoreError::Stays`] when it may hold a state and that is not to
+/// go, when there is a link among its files, or when one of them cannot be removed; [`StoreError::Directory`].
+pub fn remove_leftover(leftover: &Leftover, removal: Removal) -> Result<Removed, StoreError> {
     let path = &leftover.path;
     let stays = |reason: &str| StoreError::Stays { path: path.clone(), reason: reason.to_owned() };
+    let bytes = bytes_on_disk(path);
     if !is_recognized(path) {
         return Err(stays("it is not what it was"));
     }
@@ -114,11 +138,11 @@ pub fn remove_leftover(leftover: &Leftover, with_committed: bool) -> Result<Vec<
     if std::fs::symlink_metadata(path.join(LOCK)).is_ok() {
         let directory = Directory::open(path, Store::data_files(path))?;
         // Under the lock, which whoever would go on from it needs.
-        let home = match &leftover.remains {
-            Remains::Volume { home, .. } => home.iter().cloned().collect(),
-            Remains::HalfMade | Remains::Uncommitted | Remains::Committed { .. } => Vec::new(),
+        let homes = match &leftover.remains {
+            Remains::Volume { homes, .. } => &**homes,
+            Remains::HalfMade | Remains::Uncommitted | Remains::Committed { .. } => &[],
         };
-        if remains(path, &home).may_hold_state() && !with_committed {
+        if remains(path, homes).may_hold_state() && removal == Removal::Worthless {
             return Err(stays("it may hold a committed state"));
         }
         let store = directory::read_label(path).map(|(store, _)| store);
@@ -132,18 +156,22 @@ pub fn remove_leftover(leftover: &Leftover, with_committed: bool) -> Result<Vec<
                 return Err(stays(&format!("{name} in it is not a plain file")));
             }
         }
-        directory.discard();
+        directory.remove().map_err(|error| stays(&error.to_string()))?;
     } else {
         // Empty, or it would not have been recognized; if not, it stays.
         drop(std::fs::remove_dir(path));
     }
     match std::fs::read_dir(path) {
-        Err(_) => Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Removed { bytes, others: Vec::new() }),
+        Err(error) => Err(stays(&format!("it cannot be listed any more: {error}"))),
         Ok(entries) => {
             let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-            let mut names: Vec<String> = names.collect();
-            names.sort_unstable();
-            if names.is_empty() { Err(stays("the system does not let it go")) } else { Ok(names) }
+            let mut others: Vec<String> = names.collect();
+            others.sort_unstable();
+            if others.is_empty() {
+                return Err(stays("the system does not let it go"));
+            }
+            Ok(Removed { bytes: bytes.saturating_sub(bytes_on_disk(path)), others })
         }
     }
 }
@@ -194,9 +222,9 @@ fn remains(path: &Path, homes: &[PathBuf]) -> Remains {
     let label = directory::read_label(path);
     if let Some((store, _)) = label.filter(|_| index > 0) {
         let is_home = |home: &&PathBuf| directory::read_label(home) == Some((store, 0));
-        let home = homes.iter().find(is_home).cloned();
-        let committed = home.as_ref().is_none_or(|home| !committed(home).is_empty());
-        return Remains::Volume { index, home, committed };
+        let homes: Vec<PathBuf> = homes.iter().filter(is_home).cloned().collect();
+        let committed = homes.is_empty() || homes.iter().any(|home| !committed(home).is_empty());
+        return Remains::Volume { index, homes, committed };
     }
     if committed(path).is_empty() {
         return Remains::Uncommitted;

@@ -21,13 +21,13 @@ use std::path::{Path, PathBuf};
 use overspill_io::Stripes;
 
 pub use self::examination::{Blocks, Damage, Damaged, Examination, Findings, Scope, Verdict};
-pub use self::leftovers::{Leftover, Remains, leftovers, remove_leftover};
+pub use self::leftovers::{Leftover, Remains, Removal, Removed, leftovers, remove_leftover};
 use crate::directory::{self, MANIFEST, MANIFEST_PREVIOUS, Owner};
 use crate::error::StoreError;
 use crate::extent::Extent;
 use crate::manifest::{Manifest, TensorRecord};
 use crate::snapshot::{self, Found};
-use crate::store::Store;
+use crate::store::{Store, check_length, other_files};
 
 /// How often a store that commits while it is looked at is looked at again.
 const LOOKS_MAX: u32 = 4;
@@ -305,17 +305,12 @@ fn check_files(home: &Path, manifest: &Manifest, files: &[DataFile]) -> Result<(
                 return Err(StoreError::Directory { action: "find", path, source });
             }
         }
-        let (path, found) = (home.join(MANIFEST), files.len());
-        let files = manifest.lanes.iter().map(|lane| lane.file.clone()).collect();
-        return Err(StoreError::Volumes { path, files, found });
+        return Err(other_files(manifest, &home.join(MANIFEST), files.len()));
     }
     let weights: Vec<u32> = manifest.lanes.iter().map(|lane| lane.weight).collect();
     let stripes = Stripes::new(manifest.stripe_bytes, &weights)?;
     for (lane, file) in files.iter().enumerate() {
-        let needed = stripes.lane_bytes(lane, manifest.capacity());
-        if file.length < needed {
-            return Err(StoreError::Truncated { path: file.path.clone(), length: file.length, needed });
-        }
+        check_length(&file.path, file.length, stripes.lane_bytes(lane, manifest.capacity()))?;
     }
     Ok(())
 }

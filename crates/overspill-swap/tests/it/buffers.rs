@@ -12,7 +12,8 @@ use overspill_swap::buffers::{
 use proptest::prelude::*;
 use rustix::io::Errno;
 
-use crate::folder::{BOTH, Folder, KIB, apart, assert_file, mount, pattern};
+use crate::apart::{apart, mount};
+use crate::folder::{BOTH, Folder, KIB, assert_file, pattern};
 
 fn finish(tickets: Vec<SwapTicket>) -> Vec<Block> {
     tickets.into_iter().map(|ticket| ticket.wait().unwrap()).collect()

@@ -2,7 +2,6 @@
 //! spaces of their own in which disks are full.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use overspill_io::{BackendChoice, Block, BlockClass, Engine, EngineConfig, Pool};
@@ -104,37 +103,4 @@ pub(crate) fn assert_file(path: &Path, tensor: &[u8]) {
     assert_eq!(found.len(), expected.len(), "length of {}", path.display());
     let differs = found.iter().zip(&expected).position(|(a, b)| a != b);
     assert_eq!(differs, None, "first byte of {} that is not the tensor's", path.display());
-}
-
-/// Runs the ignored test `name` of this binary where it may mount. Where the kernel gives nobody a name space of their
-/// own it fails, unless `OVERSPILL_SKIP_NAMESPACES=1` says that this is accepted.
-pub(crate) fn apart(name: &str) {
-    let binary = std::env::current_exe().unwrap();
-    let unshare = ["--user", "--map-root-user", "--mount", "--"];
-    let run = Command::new("unshare").args(unshare).arg(binary).args(["--ignored", "--exact", name]).output();
-    match run {
-        Ok(run) if String::from_utf8_lossy(&run.stdout).contains("running 1 test") => passed(&run),
-        Ok(run) => not_tested(name, &String::from_utf8_lossy(&run.stderr)),
-        Err(error) => not_tested(name, &format!("unshare: {error}")),
-    }
-}
-
-#[track_caller]
-fn not_tested(name: &str, because: &str) {
-    let accepted = std::env::var_os("OVERSPILL_SKIP_NAMESPACES").is_some_and(|value| value == "1");
-    assert!(accepted, "{name} needs a name space; OVERSPILL_SKIP_NAMESPACES=1 does without: {because}");
-    eprintln!("not tested: {name}: {because}");
-}
-
-fn passed(run: &Output) {
-    let said = String::from_utf8_lossy(&run.stdout);
-    let complained = String::from_utf8_lossy(&run.stderr);
-    assert!(run.status.success() && said.contains("1 passed"), "{said}\n{complained}");
-}
-
-/// Mounts a file system in memory over `folder`.
-pub(crate) fn mount(folder: &Path, options: &str) {
-    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(folder).output();
-    let mounted = mounted.unwrap();
-    assert!(mounted.status.success(), "{}", String::from_utf8_lossy(&mounted.stderr));
 }

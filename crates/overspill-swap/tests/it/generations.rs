@@ -2,8 +2,8 @@
 
 use std::os::unix::fs::symlink;
 
-use overspill_io::BackendChoice;
-use overspill_swap::{Durability, Store, StoreError, Swapped, Worth};
+use overspill_io::{BackendChoice, Engine, EngineConfig, SimConfig};
+use overspill_swap::{Durability, Links, Store, StoreError, Swapped, Worth, endanger};
 use serde_json::{Value, json};
 
 use crate::rig::{BACKENDS, BLOCK, Rig};
@@ -292,8 +292,8 @@ fn a_snapshot_from_before_the_store_grew_can_be_restored() {
     let rig = Rig::new(BackendChoice::Auto, 2, 1);
     let mut a = rig.tensor("a", 1);
     rig.store.commit(json!(1)).unwrap();
-    rig.store.snapshot("small").unwrap();
     let capacity = rig.store.usage().capacity_bytes;
+    rig.store.snapshot("small").unwrap();
     for byte in 2..6 {
         a = overwrite(&rig, a, byte);
         rig.store.commit(json!(byte)).unwrap();
@@ -327,6 +327,27 @@ fn what_looks_like_a_snapshot_and_is_none_of_ours_stays() {
     drop(rig.store);
     assert!(path.join("snapshot.png").exists());
     assert!(!path.join("snapshot.ours").exists() && !path.join("data").exists());
+}
+
+#[test]
+fn where_files_have_one_name_only_no_snapshot_replaces_what_is_there() {
+    let rig = Rig::new(BackendChoice::Auto, 1, 1);
+    drop(rig.tensor("a", 1));
+    rig.store.commit(json!(1)).unwrap();
+    let path = rig.store.path().to_owned();
+    let backend = BackendChoice::Sim(SimConfig { cache_bytes: 1 << 20, ..SimConfig::calm(1) });
+    let config = EngineConfig { backend, ..EngineConfig::default() };
+    let power = Engine::start(config, &rig.pool).unwrap().power().unwrap();
+    let _one_name = endanger(&path, Links::One, &power);
+    std::fs::write(path.join("snapshot.png"), "of somebody else").unwrap();
+    rig.store.snapshot("ours").unwrap();
+    for name in ["png", "ours"] {
+        let before = std::fs::read(path.join(format!("snapshot.{name}"))).unwrap();
+        rig.store.commit(json!(2)).unwrap();
+        let refused = rig.store.snapshot(name).unwrap_err();
+        assert!(matches!(refused, StoreError::SnapshotExists { .. }), "{refused}");
+        assert_eq!(std::fs::read(path.join(format!("snapshot.{name}"))).unwrap(), before);
+    }
 }
 
 #[test]

@@ -171,11 +171,15 @@ fn damage_is_what_a_survey_reports_and_never_why_it_fails() {
     assert!(flaw(&Generation::Committed).is_none());
     let data = File::options().write(true).open(closed.path.join("data")).unwrap();
     let length = data.metadata().unwrap().len();
-    data.set_len(length - 4096).unwrap();
+    // The file has grown for the snapshot, which is of the time before.
+    data.set_len(4096).unwrap();
     for generation in [Generation::Committed, Generation::Previous, first()] {
+        let survey = closed.survey();
+        let capacity = survey.generation(&generation).unwrap().manifest.as_ref().unwrap().capacity_bytes;
+        assert_eq!(capacity < length, generation == first());
         let flaw = flaw(&generation);
         assert!(
-            matches!(&flaw, Some(StoreError::Truncated { needed, .. }) if *needed == length),
+            matches!(&flaw, Some(StoreError::Truncated { needed, .. }) if *needed == capacity),
             "{generation}: {flaw:?}"
         );
     }
@@ -341,6 +345,90 @@ fn what_only_looks_like_a_snapshot_keeps_nobody_out_and_a_damaged_snapshot_does(
     Store::delete_snapshot_in(&closed.path, "first").unwrap();
     assert!(closed.open().unwrap().snapshots().is_empty());
     assert!(closed.path.join("snapshot.png").exists());
+}
+
+#[test]
+fn a_snapshot_keeps_its_bytes_however_its_first_line_is_damaged_or_how_little_is_left_of_it() {
+    let closed = Closed::new();
+    let file = closed.snapshot_file();
+    let whole = std::fs::read(&file).unwrap();
+    let line = whole.iter().position(|&byte| byte == b'\n').unwrap();
+    let flipped = (0..=line).map(|at| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 4;
+        bytes
+    });
+    let cut = [0, 1, 5, 17, 18, 30, line, line + 1, whole.len() - 1].map(|length| whole[..length].to_vec());
+    let zeros = [1, 100, whole.len()].map(|length| vec![0; length]);
+    for bytes in flipped.chain(cut).chain(zeros) {
+        std::fs::write(&file, &bytes).unwrap();
+        let said = String::from_utf8_lossy(&bytes[..bytes.len().min(40)]).into_owned();
+        let error = closed.open().map(|_| said.clone()).unwrap_err();
+        assert!(matches!(&error, StoreError::Manifest { path, .. } if *path == file), "{said}: {error}");
+        let survey = closed.survey();
+        assert!(survey.foreign.is_empty() && !survey.generation(&first()).unwrap().is_whole(), "{said}");
+    }
+    Store::delete_snapshot_in(&closed.path, "first").unwrap();
+    assert!(closed.open().unwrap().snapshots().is_empty());
+}
+
+#[test]
+fn what_a_newer_version_wrote_is_not_advised_to_be_given_up() {
+    let closed = Closed::new();
+    let newer = "overspill manifest 3 0000000000000000\nwho knows";
+    for file in [closed.snapshot_file(), closed.path.join("manifest")] {
+        std::fs::write(&file, newer).unwrap();
+        let error = closed.open().unwrap_err();
+        assert!(
+            matches!(&error, StoreError::Manifest { path, remedy: Remedy::NewerVersion, .. } if *path == file)
+        );
+        let text = error.to_string();
+        assert!(text.contains("newer overspill") && !text.contains("--delete"), "{text}");
+        assert!(!text.contains("restore"), "{text}");
+    }
+}
+
+#[test]
+fn without_a_generation_before_the_committed_one_that_is_what_is_said() {
+    let rig = Rig::new(BackendChoice::Auto, 2, 1);
+    drop(rig.tensor("a", 1));
+    rig.store.commit(json!({ "step": 1 })).unwrap();
+    rig.store.keep();
+    let Rig { store, engine, pool, folder: _folder } = rig;
+    let path = store.path().to_owned();
+    drop(store);
+    let none = Store::restore_previous(&path).unwrap_err();
+    assert!(matches!(none, StoreError::NoPrevious { .. }), "{none}");
+    let volumes = [Volume { directory: path, engines: vec![engine], weight: 1 }];
+    let examination = Examination::begin(&volumes).unwrap();
+    let blocks = Blocks { pool: &pool, block_bytes: BLOCK, count: 2 };
+    let scope = Scope::Only(&Generation::Previous);
+    let none = examination.verify(scope, blocks, |_, _| ControlFlow::Continue(())).unwrap_err();
+    assert!(matches!(none, StoreError::NoPrevious { .. }), "{none}");
+    let none = examination.restore(&Generation::Previous).unwrap_err();
+    assert!(!none.to_string().contains("start anew"), "{none}");
+}
+
+#[test]
+fn what_was_written_stays_counted_when_a_snapshot_is_restored() {
+    let closed = Closed::new();
+    let written = closed.open().unwrap().bytes_written();
+    Store::restore(&closed.path, "first").unwrap();
+    let store = closed.open().unwrap();
+    assert_eq!((store.meta(), store.bytes_written()), (json!({ "step": 1 }), written));
+}
+
+#[test]
+fn a_tensor_without_bytes_is_verified_like_the_others() {
+    let closed = Closed::new();
+    let file = closed.path.join("manifest");
+    let mut manifest = Store::committed(&closed.path).unwrap();
+    manifest.tensors.iter_mut().find(|record| record.name == "a").unwrap().length = 0;
+    std::fs::write(&file, manifest.encode()).unwrap();
+    let findings = closed.findings(Scope::Only(&Generation::Committed), 4096);
+    let [damaged] = &findings.damaged[..] else { panic!("{:?}", findings.damaged) };
+    assert!(matches!(damaged.damage, Damage::Checksum { .. }) && damaged.tensor == "a");
+    assert_eq!((findings.extents, findings.bytes), (2, BLOCK as u64));
 }
 
 #[test]

@@ -9,7 +9,8 @@ use overspill_swap::swapper::{AsyncTensorSwapper, BufferStates, SwapOutFailed, S
 use proptest::prelude::*;
 use rustix::io::Errno;
 
-use crate::folder::{BOTH, Folder, KIB, apart, assert_file, eventually, mount, pattern};
+use crate::apart::{apart, mount};
+use crate::folder::{BOTH, Folder, KIB, assert_file, eventually, pattern};
 
 fn swapper(folder: &Folder, buffers: &[usize]) -> AsyncTensorSwapper {
     let mut swapper = AsyncTensorSwapper::new(&folder.engine, Alignment::MAX);

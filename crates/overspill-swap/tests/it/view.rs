@@ -100,3 +100,20 @@ fn the_committed_generation_is_shown_to_one_who_holds_the_lock() {
     assert!(matches!(View::open(&[none]), Err(StoreError::Directory { .. })));
     assert!(View::open(&[]).is_err());
 }
+
+#[test]
+fn a_snapshot_that_is_made_anew_under_its_reader_is_no_damage() {
+    let rig = Rig::new(BackendChoice::Auto, 3, 1);
+    let mut a = rig.tensor("a", 1);
+    rig.store.commit(json!(1)).unwrap();
+    rig.store.snapshot("s").unwrap();
+    let view = View::of_snapshot(&rig.volumes(), "s").unwrap();
+    rig.store.delete_snapshot("s").unwrap();
+    for byte in 3..40 {
+        a = a.overwrite(rig.block(byte)).unwrap().store().wait().unwrap();
+        rig.store.commit(json!(byte)).unwrap();
+    }
+    rig.store.snapshot("s").unwrap();
+    let error = rig.seen(&view, "a").unwrap_err();
+    assert!(matches!(&error, StoreError::SnapshotReplaced { name, .. } if name == "s"), "{error}");
+}

@@ -1,5 +1,6 @@
 //! Snapshots that other processes ask the owner of a store for, and take away from under it.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -98,6 +99,18 @@ fn what_looks_like_a_wish_and_is_none_is_left_alone() {
     drop((a, rig.store));
     assert_eq!(std::fs::read(path.join("wish.txt")).unwrap(), b"for a birthday");
     assert!(path.join("wish.link").is_symlink() && path.join("wish.d").exists());
+}
+
+#[test]
+fn a_private_file_that_is_named_like_a_wish_is_no_answer_to_one() {
+    let (_rig, a, path) = rig();
+    let file = path.join("wish.list");
+    std::fs::write(&file, "for a birthday").unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let refused = Store::ask_for_snapshot(&path, "list").unwrap_err();
+    assert!(matches!(refused, StoreError::WishExists { .. }), "{refused}");
+    assert_eq!(std::fs::read(&file).unwrap(), b"for a birthday");
+    drop(a);
 }
 
 #[test]
