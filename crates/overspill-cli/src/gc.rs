@@ -9,8 +9,10 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::bail;
 use clap::Args;
-use overspill_swap::{Leftover, Owner, Remains, Removal, Removed, leftovers, remove_leftover};
-use overspill_train::ByteSize;
+use overspill_swap::{
+    Leftover, Owner, Remains, Removal, Removed, StoreError, Survey, leftovers, remove_leftover,
+};
+use overspill_train::{ByteSize, reading};
 use serde::Serialize;
 
 use crate::output::{self, JsonFile};
@@ -108,6 +110,16 @@ pub(crate) fn run(arguments: &GcArguments) -> anyhow::Result<()> {
             }
         }
         report.directories.push(entry);
+    }
+    for directory in &arguments.directories {
+        // A store that may not be looked into is not known to be one but by its name.
+        let store = reading::store_in(directory);
+        let is_unseen = store != *directory && found.iter().all(|leftover| leftover.path != store);
+        if let Some(Err(error @ StoreError::Directory { .. })) =
+            is_unseen.then(|| Survey::of(std::slice::from_ref(&store)))
+        {
+            failures.push(error.to_string());
+        }
     }
     folders::sweep(arguments, &mut report, &mut failures)?;
     if let Some(json) = json {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use overspill_swap::{Fragmentation, Generation, GenerationState, Owner, Survey};
+use overspill_swap::{Fragmentation, Generation, GenerationState, Owner, Store, StoreError, Survey};
 use overspill_train::{ByteSize, reading};
 use serde::Serialize;
 
@@ -113,7 +113,12 @@ pub(crate) fn run(arguments: &InspectArguments) -> anyhow::Result<()> {
     }
     output::show(&report.table())?;
     match report.generations.is_empty() {
-        true => output::show(&"\nnothing was committed\n")?,
+        true => match Store::committed(&report.directory) {
+            Err(error @ (StoreError::ManifestLost { .. } | StoreError::Misplaced { .. })) => {
+                output::show(&format!("\n{error}\n"))?;
+            }
+            _ => output::show(&"\nnothing was committed\n")?,
+        },
         false => output::show(&format!("\n{}", generations_table(&report.generations)))?,
     }
     match &report.tensors {

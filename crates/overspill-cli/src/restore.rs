@@ -81,7 +81,8 @@ pub(crate) fn run(arguments: &RestoreArguments) -> anyhow::Result<()> {
         if !findings.is_whole(&target) {
             let flaws = findings.verdicts.iter().filter_map(|Verdict { flaw, .. }| flaw.clone());
             let damaged = flaws.chain(findings.damaged.iter().map(ToString::to_string)).collect();
-            return Err(StoreError::NotWhole { what: target.to_string(), damaged }.into());
+            let path = directories.swap_remove(0);
+            return Err(StoreError::NotWhole { path, what: target.to_string(), damaged }.into());
         }
         examination.restore(&target)?;
     }

@@ -107,7 +107,8 @@ impl Directory {
         if !is_directory {
             return Err(failed(io::ErrorKind::NotADirectory.into()));
         }
-        let mut lock = open_lock(path, OpenOptions::new().read(true).write(true)).map_err(failed)?;
+        let opened = open_lock(path, OpenOptions::new().read(true).write(true));
+        let mut lock = opened.map_err(|source| without_lock(path, source))?;
         let mut glances = GLANCES_MAX;
         loop {
             match lock.try_lock() {
@@ -139,7 +140,14 @@ impl Directory {
             self.lock.set_len(0)?;
             self.lock.write_all_at(std::process::id().to_string().as_bytes(), 0)
         };
-        sign().map_err(|source| StoreError::Directory { action: "sign", path: self.path.join(LOCK), source })
+        sign().map_err(|source| match source.raw_os_error() {
+            Some(errno @ (ENOSPC | EDQUOT)) => {
+                let (needed, available) = (PID_BYTES_MAX as u64, self.available());
+                let fallback = Fallback::Unchanged;
+                StoreError::DiskFull { path: self.path.join(LOCK), needed, available, errno, fallback }
+            }
+            _ => StoreError::Directory { action: "sign", path: self.path.join(LOCK), source },
+        })
     }
 
     /// Names of all files that belong to it, whether they exist or not.
@@ -215,12 +223,22 @@ impl Directory {
     pub(crate) fn replace(&self) -> Result<(), StoreError> {
         let [aside, outgoing, current, previous] =
             [MANIFEST_NEW, MANIFEST_OLD, MANIFEST, MANIFEST_PREVIOUS].map(|name| self.path.join(name));
-        let rename = || -> io::Result<()> {
-            names::rename(&aside, &current)?;
-            names::rename(&outgoing, &previous).or_else(tolerate_missing)?;
-            self.sync()
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| StoreError::Directory { action: "replace", path, source }
         };
-        rename().map_err(|source| StoreError::Directory { action: "replace", path: current.clone(), source })
+        names::rename(&aside, &current).map_err(failed(&current))?;
+        names::rename(&outgoing, &previous).or_else(tolerate_missing).map_err(failed(&previous))?;
+        self.sync().map_err(failed(&current))
+    }
+
+    /// Writes the label anew; whatever fails, there is the old one or the new one.
+    pub(crate) fn relabel(&self, label: &str) -> io::Result<()> {
+        let aside = self.path.join(MANIFEST_COPY);
+        names::remove(&aside).or_else(tolerate_missing)?;
+        names::write_new(&aside, label.as_bytes())?;
+        names::rename(&aside, &self.path.join(VOLUME))?;
+        self.sync()
     }
 
     /// Bytes that the file system has left; 0 if it does not say.
@@ -356,6 +374,25 @@ pub(crate) fn has_lock(path: &Path) -> bool {
     text.is_ok_and(|text| text.len() <= PID_BYTES_MAX && text.iter().all(u8::is_ascii_digit))
 }
 
+/// Whether there is no lock, or none that could ever be one: a link, say, or what may not be read.
+pub(crate) fn lacks_lock(path: &Path) -> bool {
+    !std::fs::symlink_metadata(path.join(LOCK)).is_ok_and(|metadata| metadata.is_file())
+        || open_lock(path, OpenOptions::new().read(true)).is_err()
+}
+
+/// The system's refusal to show what is in a directory, if it refuses.
+pub(crate) fn denied(path: &Path) -> Option<StoreError> {
+    let is_denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+    let listed = std::fs::read_dir(path).err().map(|error| (path.to_owned(), error));
+    let files = [LOCK, VOLUME, MANIFEST].into_iter().filter_map(|name| {
+        let file = path.join(name);
+        let error = read_start(&file, 1).err()?;
+        Some((file, error))
+    });
+    let (path, source) = listed.into_iter().chain(files).find(|(_, error)| is_denied(error))?;
+    Some(StoreError::Directory { action: "open", path, source })
+}
+
 /// The process that is making a directory of this name, if that is what the name says.
 pub(crate) fn maker(name: &str) -> Option<u32> {
     let (_, text) = name.rsplit_once(MAKING)?;
@@ -423,6 +460,16 @@ fn make_aside(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
+/// Says that a directory's lock cannot be opened, and what can be done if the rest of a store is there.
+fn without_lock(directory: &Path, source: io::Error) -> StoreError {
+    let path = directory.join(LOCK);
+    let is_there = |name| std::fs::symlink_metadata(directory.join(name)).is_ok();
+    if source.kind() == io::ErrorKind::PermissionDenied || ![VOLUME, MANIFEST].into_iter().any(is_there) {
+        return StoreError::Directory { action: "open", path, source };
+    }
+    StoreError::NoLock { path, source }
+}
+
 fn open_lock(directory: &Path, options: &mut OpenOptions) -> io::Result<File> {
     open_as_it_is(&directory.join(LOCK), options)
 }
@@ -461,7 +508,7 @@ fn create_lock(path: &Path) -> io::Result<File> {
 
 /// Says who occupies a directory that already exists.
 fn occupied(path: &Path) -> StoreError {
-    let leftover = || StoreError::Leftover { path: path.to_owned() };
+    let leftover = || StoreError::Leftover { path: path.to_owned(), flaw: None };
     let Ok(mut lock) = open_lock(path, OpenOptions::new().read(true)) else { return leftover() };
     match lock.try_lock() {
         Err(TryLockError::WouldBlock) => locked(path, &mut lock),

@@ -30,12 +30,25 @@ pub enum StoreError {
         /// Its owner's process id, when it could be read.
         pid: Option<u32>,
     },
+    /// There is no lock that could be taken in a directory that has other files of a store.
+    #[error(
+        "cannot open {path}: {source}; a store is opened by locking this file: if no run has the store open, put an \
+         empty file in its place",
+        path = path.display()
+    )]
+    NoLock {
+        /// The lock's file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
     /// The directory exists and nobody alive owns it.
-    #[error("{path} already exists; it may hold an earlier run: resume it, remove it, or give this run another directory",
-        path = path.display())]
+    #[error("{path} already exists{}", occupied(flaw.as_deref()), path = path.display())]
     Leftover {
         /// The directory.
         path: PathBuf,
+        /// Why it cannot be gone on from as it is, if it is a store's.
+        flaw: Option<Box<StoreError>>,
     },
     /// The file system has less room than the store will need.
     #[error("{path} has {available} bytes free and {needed} are needed", path = path.display())]
@@ -220,6 +233,40 @@ pub enum StoreError {
         /// The store's home.
         home: PathBuf,
     },
+    /// Which volume a directory is cannot be read.
+    #[error(
+        "{path} is missing or damaged, so it is not known whose directory that is; if it is the number {number} of the \
+         store in {home}, its text is `{text}`",
+        path = path.display(), home = home.display()
+    )]
+    Label {
+        /// The label's file.
+        path: PathBuf,
+        /// The store's home.
+        home: PathBuf,
+        /// Which directory it was given as, from 1.
+        number: usize,
+        /// What the file of that directory says.
+        text: String,
+    },
+    /// A directory other than the first one was given as the store's home.
+    #[error(
+        "{path} is the directory number {number} of its store: give all its directories, in the order in which they were \
+         created",
+        path = path.display()
+    )]
+    Misplaced {
+        /// The directory.
+        path: PathBuf,
+        /// Which one it is, from 1.
+        number: usize,
+    },
+    /// Two of the directories that were given are one.
+    #[error("{path} was given twice", path = path.display())]
+    GivenTwice {
+        /// The directory.
+        path: PathBuf,
+    },
     /// A directory that was given is not the one that has the store's manifests.
     #[error("{path} is not the first directory of its store, and snapshots are made in that", path = path.display())]
     NotHome {
@@ -227,7 +274,9 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// A name that no snapshot can have.
-    #[error("`{name}` is no name for a snapshot: 1 to 64 letters, digits, `-`, `_` or `.`")]
+    #[error(
+        "`{name}` is no name for a snapshot: 1 to 64 letters, digits, `-`, `_` or `.`, not beginning with `-` or `.`"
+    )]
     SnapshotName {
         /// The name.
         name: String,
@@ -279,8 +328,13 @@ pub enum StoreError {
         reason: String,
     },
     /// What was to be made the current generation is damaged.
-    #[error("{what} is not whole, so nothing was restored: {}", damaged.join("; "))]
+    #[error(
+        "{what} is not whole, so nothing was restored: {}; `overspill verify {path}` says what is whole",
+        first_of(damaged), path = path.display()
+    )]
     NotWhole {
+        /// The store's directory.
+        path: PathBuf,
         /// Which generation.
         what: String,
         /// What is damaged, each in words.
@@ -325,10 +379,21 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// There is no committed state.
-    #[error("{path} has no committed state to go on from: start anew, without it", path = path.display())]
+    #[error(
+        "{path} has no committed state; if its run has ended, `overspill gc {path} --remove` removes it",
+        path = path.display()
+    )]
     NothingCommitted {
         /// The store's directory.
         path: PathBuf,
+    },
+    /// There is no manifest, but there are earlier ones or snapshots.
+    #[error("{path} is gone{remedy}", path = path.display())]
+    ManifestLost {
+        /// The manifest.
+        path: PathBuf,
+        /// What can be done about it.
+        remedy: Remedy,
     },
     /// A flush failed earlier: what is on storage is unknown from then on.
     #[error("{path} is unusable: an earlier flush of it failed", path = path.display())]
@@ -383,6 +448,18 @@ pub enum Remedy {
         /// The store's directory.
         path: PathBuf,
     },
+    /// A snapshot can be made the current generation.
+    RestoreSnapshot {
+        /// The store's directory.
+        path: PathBuf,
+        /// The newest snapshot that can be read.
+        name: String,
+    },
+    /// What is left has to be looked at.
+    Verify {
+        /// The store's directory.
+        path: PathBuf,
+    },
     /// The snapshot can be given up.
     DeleteSnapshot {
         /// The store's directory.
@@ -415,12 +492,35 @@ impl fmt::Display for Remedy {
                      whole; `overspill verify {path}` says"
                 )
             }
+            Self::RestoreSnapshot { path, name } => {
+                let path = path.display();
+                write!(f, "; `overspill restore {path} {name}` goes back to this snapshot")
+            }
+            Self::Verify { path } => write!(f, "; `overspill verify {}` says what is left", path.display()),
             Self::DeleteSnapshot { path, name } => {
                 let path = path.display();
                 write!(f, "; `overspill snapshot {path} {name} --delete` gives this snapshot up")
             }
         }
     }
+}
+
+/// What to do about a directory that is in the way. What can be made whole again is not to be removed.
+fn occupied(flaw: Option<&StoreError>) -> String {
+    match flaw {
+        None => "; it may hold an earlier run: resume it, remove it, or give this run another directory"
+            .to_owned(),
+        Some(flaw) => format!(": {flaw}; or give this run another directory"),
+    }
+}
+
+/// How many of many things are named.
+const NAMED_MAX: usize = 3;
+
+fn first_of(damaged: &[String]) -> String {
+    let (first, others) = damaged.split_at(damaged.len().min(NAMED_MAX));
+    let others = if others.is_empty() { String::new() } else { format!("; and {} more", others.len()) };
+    first.join("; ") + &others
 }
 
 fn list(names: &[String]) -> String {

@@ -59,6 +59,15 @@ pub(crate) fn check_name(name: &str) -> Result<(), StoreError> {
     Err(StoreError::SnapshotName { name: name.to_owned() })
 }
 
+/// As [`check_name`], for a name that a snapshot is to have: it is no option of a command, and no hidden file.
+pub(crate) fn check_new_name(name: &str) -> Result<(), StoreError> {
+    check_name(name)?;
+    if name.starts_with(['-', '.']) {
+        return Err(StoreError::SnapshotName { name: name.to_owned() });
+    }
+    Ok(())
+}
+
 /// The name of a snapshot's file.
 pub(crate) fn file_name(name: &str) -> String {
     format!("{PREFIX}{name}")

@@ -103,7 +103,7 @@ impl Store {
     /// # Errors
     /// As [`Store::snapshot`]; [`StoreError::WishExists`], [`StoreError::NotHome`].
     pub fn ask_for_snapshot(path: &Path, name: &str) -> Result<Asked, StoreError> {
-        snapshot::check_name(name)?;
+        snapshot::check_new_name(name)?;
         let label = directory::read_label(path);
         if label.is_some_and(|(_, index)| index > 0) {
             return Err(StoreError::NotHome { path: path.to_owned() });

@@ -215,6 +215,17 @@ fn a_damaged_manifest_is_said_by_verify_and_by_a_run_with_the_way_back() {
     well(place.run(&["snapshot", "swap", "good"]));
     fs::remove_file(store(&place, "manifest")).unwrap();
     place.run(&["verify", "swap"]).refused(&["it has no committed generation", "snapshot good is whole"]);
+    // What was damaged is the previous generation now.
+    let to_good = "`overspill restore swap/overspill-store good`";
+    place.train(&["--swap-dir", "swap", "--keep", "--resume"]).refused(&["manifest is gone", to_good]);
+    place.train(&["--swap-dir", "swap"]).refused(&["already exists", "manifest is gone", to_good]);
+    fs::remove_file(store(&place, "volume")).unwrap();
+    well(place.run(&["restore", "swap", "good"]));
+    well(place.run(&["verify", "swap"]));
+    well(place.train(&["--swap-dir", "swap", "--keep", "--resume", "--quiet"]));
+    fs::remove_file(store(&place, "lock")).unwrap();
+    place.run(&["verify", "swap"]).refused(&["swap/overspill-store/lock", "an empty file in its place"]);
+    assert!(well(place.run(&["gc", "swap"])).stdout.contains("swap/overspill-store"));
 }
 
 #[test]
@@ -222,7 +233,10 @@ fn a_damaged_snapshot_is_not_restored_unless_unchecked_and_can_be_given_up() {
     let place = kept();
     well(place.run(&["snapshot", "swap", "good"]));
     place.run(&["snapshot", "swap", "good"]).refused(&["already has a snapshot good"]);
-    place.run(&["snapshot", "swap", "a b"]).refused(&["no name for a snapshot"]);
+    for name in ["a b", ".", "..", ".hidden"] {
+        place.run(&["snapshot", "swap", name]).refused(&["no name for a snapshot"]);
+    }
+    place.run(&["snapshot", "swap", "--", "-x"]).refused(&["no name for a snapshot"]);
     place.run(&["snapshot", "swap", "gone", "--delete"]).refused(&["no snapshot gone; it has good"]);
     place.run(&["restore", "swap", "gone"]).refused(&["no snapshot gone; it has good"]);
     let shown = numbers(&place, &["inspect", "swap", "--tensors"]);
@@ -272,7 +286,14 @@ fn a_store_over_several_disks_is_found_from_its_home_or_by_all_its_directories()
             (&true.into(), &Value::from(vec!["one/overspill-store".into(), two]))
         );
     }
-    place.run(&["verify", "two"]).refused(&["no committed state"]);
+    for lost in [&["verify", "two"][..], &["verify", "two", "one"], &["restore", "two", "--previous"]] {
+        place.run(lost).refused(&["two/overspill-store is the directory number 2 of its store"]);
+    }
+    let resumed = place.train(&["--swap-dir", "two,one", "--resume"]);
+    resumed.refused(&["two/overspill-store is the directory number 2", "in the order"]);
+    let shown = well(place.run(&["inspect", "two"])).stdout;
+    assert!(shown.contains("number 2 of its store") && !shown.contains("nothing was committed"), "{shown}");
+    place.run(&["verify", "one", "one"]).refused(&["one/overspill-store was given twice"]);
     place.run(&["snapshot", "two", "s"]).refused(&["not the first directory of its store"]);
     fs::rename(place.path("two"), place.path("moved")).unwrap();
     place.run(&["verify", "one"]).refused(&["give all directories"]);

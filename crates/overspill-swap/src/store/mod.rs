@@ -30,7 +30,9 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub(crate) use self::opening::{check_dealt_alike, check_length, check_lengths, other_files, space_over};
+pub(crate) use self::opening::{
+    check_dealt_alike, check_length, check_lengths, open_all, other_files, repair_label, space_over,
+};
 
 use overspill_io::{EngineStats, Lane, Space};
 
@@ -43,7 +45,7 @@ use crate::manifest::{LaneRecord, META_LEVELS_MAX, Manifest, is_deeper};
 use crate::steps::{Step, step};
 use crate::tensor::{Swapped, Vacant};
 use crate::wish::Sight;
-use crate::{snapshot, wish};
+use crate::{directory, snapshot, wish};
 
 /// Least number of bytes by which the data file grows.
 const GROWTH_BYTES: u64 = 64 << 20;
@@ -63,6 +65,8 @@ struct Inner {
     home: Directory,
     /// Files in the home that are named like snapshots and are none.
     foreign: Vec<String>,
+    /// The home's label was missing or damaged.
+    relabeled: bool,
     state: Mutex<State>,
 }
 
@@ -270,7 +274,7 @@ impl Store {
     /// [`StoreError::Poisoned`], [`StoreError::Directory`], [`StoreError::Io`].
     pub fn snapshot(&self, name: &str) -> Result<(), StoreError> {
         let mut state = self.state();
-        snapshot::check_name(name)?;
+        snapshot::check_new_name(name)?;
         self.check_sound(&state)?;
         // Another process may have given it up since the last commit.
         self.let_go(&mut state, vec![name.to_owned()]);
@@ -346,7 +350,12 @@ impl Store {
         let ignored = (!foreign.is_empty()).then(|| {
             format!("{}: {foreign}: not a snapshot of this store, and ignored", self.path().display())
         });
-        let notes: Vec<String> = self.inner.space.note().into_iter().chain(ignored).collect();
+        let relabeled = self.inner.relabeled.then(|| {
+            let label = self.path().join(directory::VOLUME);
+            format!("{}: missing or damaged, and written anew by what the manifest says", label.display())
+        });
+        let notes: Vec<String> =
+            self.inner.space.note().into_iter().chain(ignored).chain(relabeled).collect();
         (!notes.is_empty()).then(|| notes.join("; "))
     }
 

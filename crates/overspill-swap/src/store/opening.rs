@@ -10,12 +10,13 @@ use overspill_io::{Engine, File, IoError, Lane, Space, Stripes};
 use rustix::fs::{Mode, OFlags};
 
 use super::{Inner, Standing, State, Store};
-use crate::directory::{self, Directory, MANIFEST, MANIFEST_PREVIOUS};
+use crate::directory::{self, Directory, MANIFEST, MANIFEST_PREVIOUS, VOLUME};
 use crate::error::{Remedy, StoreError};
 use crate::extent::EXTENT_ALIGNMENT;
 use crate::ledger::{Conflict, Durability, Ledger};
 use crate::manifest::{Manifest, ManifestError};
 use crate::snapshot::{self, Snapshot};
+use crate::survey::is_store;
 use crate::volume::{self, Volume};
 
 impl Store {
@@ -67,7 +68,7 @@ impl Store {
         }
         let ledger = Ledger::new(durability, capacity_bytes);
         let manifest = Manifest { store: identity, ..Manifest::default() };
-        Ok(Self::over(space, directories, ledger, Vec::new(), &manifest, Standing::Nothing))
+        Ok(Self::over(space, directories, ledger, (Vec::new(), false), &manifest, Standing::Nothing))
     }
 
     /// Opens the directory of a process that has ended, at its last commit; snapshots included.
@@ -89,8 +90,7 @@ impl Store {
     /// As [`Store::open`], naming the volume; [`StoreError::ForeignVolume`] when one is another store's, or in another's
     /// place.
     pub fn open_over(volumes: &[Volume], durability: Durability) -> Result<Self, StoreError> {
-        let open = |volume: &Volume| Directory::open(&volume.directory, volume.engines.len());
-        let directories = volumes.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let directories = open_all(volumes)?;
         let path = volumes.first().map_or(Path::new(""), |home| &home.directory);
         let manifest_path = path.join(MANIFEST);
         let manifest = Self::committed(path)?;
@@ -120,18 +120,22 @@ impl Store {
         for directory in &directories {
             directory.sign()?;
         }
+        let relabeled = repair_label(&directories[0], manifest.store);
         let standing = Standing::Committed { meta: manifest.meta.clone() };
-        Ok(Self::over(space, directories, ledger, foreign, &manifest, standing))
+        let notes = (foreign, relabeled);
+        Ok(Self::over(space, directories, ledger, notes, &manifest, standing))
     }
 
     /// What was committed to the store in `path`, whoever has it open.
     ///
     /// # Errors
-    /// [`StoreError::NothingCommitted`], [`StoreError::Manifest`], [`StoreError::Directory`].
+    /// [`StoreError::NothingCommitted`], [`StoreError::ManifestLost`] when only earlier generations or snapshots are
+    /// left, [`StoreError::Misplaced`] for a volume that is not the home; [`StoreError::Manifest`],
+    /// [`StoreError::Directory`].
     pub fn committed(path: &Path) -> Result<Manifest, StoreError> {
         match directory::read_manifest(&path.join(MANIFEST)) {
             Err(StoreError::Directory { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                Err(StoreError::NothingCommitted { path: path.to_owned() })
+                Err(without_manifest(path))
             }
             Err(StoreError::Manifest { path: manifest, source, .. }) => {
                 let remedy = Remedy::for_manifest(&source, || {
@@ -194,7 +198,7 @@ impl Store {
         space: Space,
         mut directories: Vec<Directory>,
         ledger: Ledger,
-        foreign: Vec<String>,
+        (foreign, relabeled): (Vec<String>, bool),
         manifest: &Manifest,
         standing: Standing,
     ) -> Self {
@@ -202,8 +206,8 @@ impl Store {
         let (claimed, names_unknown) = (HashSet::new(), false);
         let state = State { ledger, claimed, standing, store, generation, bytes_written, names_unknown };
         let home = directories.remove(0);
-        let inner = Inner { space, others: directories, home, foreign, state: Mutex::new(state) };
-        Self { inner: Arc::new(inner) }
+        let (others, state) = (directories, Mutex::new(state));
+        Self { inner: Arc::new(Inner { space, others, home, foreign, relabeled, state }) }
     }
 
     /// Finds out, without making anything, what [`Store::create`] would refuse: a directory in the way, a parent that
@@ -225,7 +229,7 @@ impl Store {
         let stripes = volume::stripes(volumes.iter().map(|&(_, weight)| weight.into()))?;
         let mut claims: Vec<(u64, u64)> = Vec::with_capacity(volumes.len());
         for (index, &(path, _)) in volumes.iter().enumerate() {
-            Directory::check_free(path)?;
+            Directory::check_free(path).map_err(with_flaw)?;
             let parent = directory::parent(path);
             let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY;
             let (space, device) = rustix::fs::open(parent, flags, Mode::empty())
@@ -260,10 +264,19 @@ pub(crate) fn space_over(
         return Err(other_files(manifest, manifest_path, files.len()));
     }
     for (index, Volume { directory, .. }) in volumes.iter().enumerate() {
-        let label = directory::label_text(directory)?;
-        if manifest.store != 0 && label != directory::label(manifest.store, index) {
-            let (path, home) = (directory.clone(), volumes[0].directory.clone());
-            return Err(StoreError::ForeignVolume { path, home });
+        if manifest.store == 0 {
+            continue;
+        }
+        let (path, home) = (directory.clone(), volumes[0].directory.clone());
+        match directory::read_label(directory) {
+            Some(label) if label == (manifest.store, index) => {}
+            Some(_) => return Err(StoreError::ForeignVolume { path, home }),
+            // Whoever has the manifest is the home.
+            None if index == 0 => {}
+            None => {
+                let (path, text) = (path.join(VOLUME), directory::label(manifest.store, index));
+                return Err(StoreError::Label { path, home, number: index + 1, text });
+            }
         }
     }
     let mut lanes = Vec::with_capacity(files.len());
@@ -271,6 +284,67 @@ pub(crate) fn space_over(
         lanes.push(Lane { engine: engine.clone(), file: open(engine, &path)?, weight: record.weight });
     }
     Ok(Space::new(lanes, manifest.stripe_bytes)?)
+}
+
+/// Locks the directories of a store.
+///
+/// # Errors
+/// [`StoreError::GivenTwice`], and those of [`Directory::open`].
+pub(crate) fn open_all(volumes: &[Volume]) -> Result<Vec<Directory>, StoreError> {
+    let mut seen = HashSet::new();
+    for Volume { directory, .. } in volumes {
+        // What is not there is said when it is opened.
+        let is_new = std::fs::canonicalize(directory).map_or(true, |real| seen.insert(real));
+        if !is_new {
+            return Err(StoreError::GivenTwice { path: directory.clone() });
+        }
+    }
+    volumes.iter().map(|volume| Directory::open(&volume.directory, volume.engines.len())).collect()
+}
+
+/// Writes the label of a home anew if it cannot be read: it follows from the manifest. Whether it could not be read.
+pub(crate) fn repair_label(home: &Directory, store: u64) -> bool {
+    if store == 0 || directory::read_label(home.path()).is_some() {
+        return false;
+    }
+    // Nothing depends on it as long as the manifest can be read.
+    drop(home.relabel(&directory::label(store, 0)));
+    true
+}
+
+/// Why there is no manifest in a directory, and what there is instead.
+fn without_manifest(path: &Path) -> StoreError {
+    let label = directory::read_label(path);
+    if let Some((_, index)) = label.filter(|&(_, index)| index > 0) {
+        return StoreError::Misplaced { path: path.to_owned(), number: index + 1 };
+    }
+    let store = label.map(|(store, _)| store);
+    let known = snapshot::known(path, store).unwrap_or_default();
+    let previous = path.join(MANIFEST_PREVIOUS);
+    if known.is_empty() && std::fs::symlink_metadata(&previous).is_err() {
+        return StoreError::NothingCommitted { path: path.to_owned() };
+    }
+    let newest = known
+        .into_iter()
+        .filter_map(|name| Some((snapshot::get(path, &name, store).ok()?.generation, name)))
+        .max();
+    let remedy = match (directory::read_manifest(&previous), newest) {
+        (Ok(_), _) => Remedy::RestorePrevious { path: path.to_owned() },
+        (Err(_), Some((_, name))) => Remedy::RestoreSnapshot { path: path.to_owned(), name },
+        (Err(_), None) => Remedy::Verify { path: path.to_owned() },
+    };
+    StoreError::ManifestLost { path: path.join(MANIFEST), remedy }
+}
+
+/// Says of a store that is in the way why it cannot be gone on from, if it cannot.
+fn with_flaw(error: StoreError) -> StoreError {
+    match error {
+        StoreError::Leftover { path, .. } if is_store(&path) => {
+            let flaw = Store::committed(&path).err().map(Box::new);
+            StoreError::Leftover { path, flaw }
+        }
+        error => error,
+    }
 }
 
 /// Says that a manifest is about other data files than the `found` ones.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use overspill_io::{Block, Engine, IoError, Priority, Space, Ticket};
 
-use super::{Store, begin_of, check_lengths, space_over};
+use super::{Store, begin_of, check_lengths, open_all, space_over};
 use crate::directory::{self, Directory, MANIFEST};
 use crate::error::StoreError;
 use crate::extent::Extent;
@@ -60,8 +60,7 @@ impl View {
     /// [`StoreError::Locked`] when the owner lives, [`StoreError::NothingCommitted`], and those of
     /// [`View::of_snapshot`].
     pub fn open(volumes: &[Volume]) -> Result<Self, StoreError> {
-        let open = |volume: &Volume| Directory::open(&volume.directory, volume.engines.len());
-        let locked = volumes.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let locked = open_all(volumes)?;
         let home = home(volumes)?;
         let view = Self::over(volumes, &home.join(MANIFEST), Store::committed(home)?, None)?;
         for directory in &locked {

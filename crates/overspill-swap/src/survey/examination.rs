@@ -17,12 +17,12 @@ use std::path::{Path, PathBuf};
 use overspill_io::{Engine, IoError, Pool, Priority, Space, Ticket};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::{Generation, GenerationState, is_store, read_generations};
+use super::{Generation, GenerationState, check_store, read_generations};
 use crate::directory::{Directory, MANIFEST};
 use crate::error::StoreError;
 use crate::extent::EXTENT_ALIGNMENT;
 use crate::manifest::{Manifest, TensorRecord};
-use crate::store::{Store, begin_of, check_dealt_alike, check_lengths, space_over};
+use crate::store::{Store, begin_of, check_dealt_alike, check_lengths, open_all, repair_label, space_over};
 use crate::volume::Volume;
 
 /// A store that is held locked to be looked through.
@@ -142,20 +142,19 @@ impl Examination {
     /// there is no generation that could be read, and as [`Store::open_over`] for what the directories are.
     pub fn begin(volumes: &[Volume]) -> Result<Self, StoreError> {
         let home = volumes.first().map_or(Path::new(""), |home| &home.directory);
-        if !is_store(home) {
-            return Err(StoreError::NotAStore { path: home.to_owned() });
-        }
-        let open = |volume: &Volume| Directory::open(&volume.directory, volume.engines.len());
-        let directories = volumes.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        check_store(home)?;
+        let directories = open_all(volumes)?;
         let (mut generations, _foreign) = read_generations(home);
         let Some(reference) = generations.iter().find_map(|state| state.manifest.clone()) else {
             let flaw = generations.into_iter().find_map(|state| state.flaw);
-            return Err(flaw.unwrap_or_else(|| StoreError::NothingCommitted { path: home.to_owned() }));
+            let nothing = || StoreError::NothingCommitted { path: home.to_owned() };
+            return Err(flaw.or_else(|| Store::committed(home).err()).unwrap_or_else(nothing));
         };
         let space = space_over(volumes, &reference, &home.join(MANIFEST), Engine::open)?;
         for directory in &directories {
             directory.sign()?;
         }
+        repair_label(&directories[0], reference.store);
         for state in &mut generations {
             let Some(manifest) = &state.manifest else { continue };
             let dealt = check_dealt_alike(&home.join(MANIFEST), manifest, &reference);

@@ -1,7 +1,7 @@
 //! What dead processes left: finding their stores, and removing them by name.
 //!
 //! A store is recognized by what it holds, never by its name: a lock whose text is a process id, and beside it a label
-//! or a manifest. A directory whose making was broken off has the name of its making, and holds nothing but the two
+//! or a manifest. One that has lost its lock is listed, and stays until it has one again. A directory whose making was broken off has the name of its making, and holds nothing but the two
 //! files that are made first. What is recognized is looked at once more when it is removed, under its lock; then the
 //! files that a store makes go by their names, and the directory if nothing else is in it. Links are refused.
 //!
@@ -102,6 +102,9 @@ pub fn leftovers(directories: &[PathBuf]) -> Result<Vec<Leftover>, StoreError> {
             continue;
         }
         let failed = |source| StoreError::Directory { action: "list", path: directory.clone(), source };
+        if let Some(denied) = directory::denied(directory) {
+            return Err(denied);
+        }
         for entry in std::fs::read_dir(directory).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             paths.extend(is_recognized(&path).then_some(path));
@@ -135,7 +138,7 @@ pub fn remove_leftover(leftover: &Leftover, removal: Removal) -> Result<Removed,
     if let Owner::Process { pid } = owner(path) {
         return Err(StoreError::Locked { path: path.clone(), pid });
     }
-    if std::fs::symlink_metadata(path.join(LOCK)).is_ok() {
+    if std::fs::symlink_metadata(path.join(LOCK)).is_ok() || !is_half_made(path) {
         let directory = Directory::open(path, Store::data_files(path))?;
         // Under the lock, which whoever would go on from it needs.
         let homes = match &leftover.remains {
@@ -178,7 +181,7 @@ pub fn remove_leftover(leftover: &Leftover, removal: Removal) -> Result<Removed,
 
 /// Whether it is a store's, or was to become one.
 fn is_recognized(path: &Path) -> bool {
-    is_half_made(path) || (is_store(path) && directory::has_lock(path))
+    is_half_made(path) || (is_store(path) && (directory::has_lock(path) || directory::lacks_lock(path)))
 }
 
 /// Whether it has the name of something that is being made, and no more in it than is made first.

@@ -108,12 +108,10 @@ impl Survey {
     /// looked for where its manifest says that they were.
     ///
     /// # Errors
-    /// [`StoreError::NotAStore`] when the first directory is none.
+    /// [`StoreError::NotAStore`] when the first directory is none, [`StoreError::Directory`] when it may not be read.
     pub fn of(directories: &[PathBuf]) -> Result<Self, StoreError> {
         let path = directories.first().map(PathBuf::as_path).unwrap_or(Path::new(""));
-        if !is_store(path) {
-            return Err(StoreError::NotAStore { path: path.to_owned() });
-        }
+        check_store(path)?;
         let mut looks = LOOKS_MAX;
         loop {
             let survey = Self::look(path, directories);
@@ -225,11 +223,24 @@ impl Fragmentation {
 /// Whether a store was made there: a directory with a lock of ours, or with something else of a store.
 pub(crate) fn is_store(path: &Path) -> bool {
     let is_directory = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
-    let has_manifest = || {
-        let read = directory::read_manifest(&path.join(MANIFEST));
+    let is_manifest = |name| {
+        let read = directory::read_manifest(&path.join(name));
         !matches!(&read, Err(StoreError::Directory { .. })) && !is_no_manifest(&read)
     };
-    is_directory && (directory::read_label(path).is_some() || has_manifest())
+    is_directory
+        && (directory::read_label(path).is_some()
+            || [MANIFEST, MANIFEST_PREVIOUS].into_iter().any(is_manifest))
+}
+
+/// Finds out whether a store was made there.
+///
+/// # Errors
+/// [`StoreError::Directory`] when that may not be seen, [`StoreError::NotAStore`].
+pub(crate) fn check_store(path: &Path) -> Result<(), StoreError> {
+    if is_store(path) {
+        return Ok(());
+    }
+    Err(directory::denied(path).unwrap_or_else(|| StoreError::NotAStore { path: path.to_owned() }))
 }
 
 /// Whether a file was read, and was never a manifest.
@@ -246,7 +257,11 @@ fn read_generations(path: &Path) -> (Vec<GenerationState>, Vec<String>) {
     };
     let mut generations = Vec::new();
     match Store::committed(path) {
-        Err(StoreError::NothingCommitted { .. }) => {}
+        Err(
+            StoreError::NothingCommitted { .. }
+            | StoreError::ManifestLost { .. }
+            | StoreError::Misplaced { .. },
+        ) => {}
         read => generations.push(state(Generation::Committed, read)),
     }
     match directory::read_manifest(&path.join(MANIFEST_PREVIOUS)) {
@@ -278,7 +293,11 @@ fn volumes_of(home: &Path, manifest: &Manifest) -> Vec<PathBuf> {
         else {
             continue;
         };
-        let is_next = directory::read_label(directory) == Some((manifest.store, directories.len()));
+        // One whose label cannot be read is shown, so that it can be named.
+        let is_next = match directory::read_label(directory) {
+            Some(label) => label == (manifest.store, directories.len()),
+            None => directory::has_lock(directory),
+        };
         if is_next && directories.last().is_some_and(|last| last != directory) {
             directories.push(directory.to_owned());
         }

@@ -93,7 +93,7 @@ fn a_snapshot_keeps_its_generation_until_it_is_deleted() {
     rig.store.snapshot("best-1.0").unwrap();
     assert_eq!(rig.engine.stats().bytes_written, written, "no byte of the state is copied");
     assert!(matches!(rig.store.snapshot("best-1.0"), Err(StoreError::SnapshotExists { .. })));
-    for name in ["", "a/b", "..\u{0}", "a b", "ü", &"x".repeat(65)] {
+    for name in ["", ".", "..", ".a", "-a", "a/b", "..\u{0}", "a b", "ü", &"x".repeat(65)] {
         assert!(matches!(rig.store.snapshot(name), Err(StoreError::SnapshotName { .. })), "{name:?}");
     }
     // More commits than there is room for without growing: the snapshot's extents are not reused.

@@ -420,7 +420,7 @@ fn check(model: &Model, path: &Path, durability: Durability, sound: &Sound, said
             }
             store.commit(json!("more")).unwrap();
         }
-        Err(StoreError::NothingCommitted { .. }) => {
+        Err(StoreError::NothingCommitted { .. } | StoreError::ManifestLost { .. }) => {
             assert!(model.committed.is_none() || model.may_be_withdrawn, "{said}: nothing is committed");
         }
         Err(error) => panic!("{said}: {error}"),

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use overspill_io::{BackendChoice, BlockClass, Engine, EngineConfig, Pool};
 use overspill_swap::{
-    Blocks, Damage, Durability, Examination, Findings, Generation, Owner, Remedy, Scope, Store, StoreError,
-    Survey, Swapped, Volume, Worth,
+    Blocks, Damage, Durability, Examination, Findings, Generation, Owner, Remedy, Removal, Scope, Store,
+    StoreError, Survey, Swapped, Volume, Worth, leftovers, remove_leftover,
 };
 use serde_json::json;
 use tempfile::TempDir;
@@ -484,4 +484,87 @@ fn the_volumes_of_a_store_are_found_from_its_home_and_read_together() {
     assert_eq!(findings.damaged[0].tensor, "a");
     let alone = Examination::begin(&volumes[..1]).unwrap_err();
     assert!(matches!(alone, StoreError::Volumes { found: 2, .. }), "{alone}");
+}
+
+#[test]
+fn a_lost_manifest_is_never_a_reason_to_remove_the_store() {
+    let closed = Closed::new();
+    let file = closed.path.join("manifest");
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let home = closed.path.display();
+    let previous = format!("`overspill restore {home} --previous`");
+    let snapshot = format!("`overspill restore {home} first`");
+    let in_the_way = || Store::create(&closed.path, Durability::Step, 4096, &closed.engine).unwrap_err();
+    let says = |expected: &str| {
+        for error in [closed.open().unwrap_err(), Store::committed(&closed.path).unwrap_err()] {
+            assert!(matches!(&error, StoreError::ManifestLost { path, .. } if *path == file), "{error}");
+            assert!(error.to_string().contains(expected), "{error}");
+        }
+        let text = in_the_way().to_string();
+        assert!(text.contains("already exists") && text.contains(expected), "{text}");
+        assert!(!text.contains("remove"), "{text}");
+    };
+    says(&previous);
+    std::fs::write(closed.path.join("manifest.previous"), "damaged").unwrap();
+    says(&snapshot);
+    std::fs::remove_file(closed.path.join("manifest.previous")).unwrap();
+    says(&snapshot);
+    Store::restore(&closed.path, "first").unwrap();
+    assert_eq!(closed.open().unwrap().meta(), json!({ "step": 1 }));
+    assert!(in_the_way().to_string().contains("it may hold an earlier run"));
+
+    std::fs::write(&file, whole).unwrap();
+    for name in ["manifest", "snapshot.first"] {
+        std::fs::remove_file(closed.path.join(name)).unwrap();
+    }
+    let nothing = closed.open().unwrap_err();
+    assert!(matches!(nothing, StoreError::NothingCommitted { .. }), "{nothing}");
+    let gc = format!("`overspill gc {home} --remove`");
+    for text in [nothing.to_string(), in_the_way().to_string()] {
+        assert!(text.contains(&gc) && !text.contains("start anew"), "{text}");
+    }
+}
+
+#[test]
+fn a_store_without_its_lock_is_listed_and_stays_and_the_lock_is_named() {
+    let closed = Closed::new();
+    let lock = closed.path.join("lock");
+    let ways: [&dyn Fn(); 3] =
+        [&|| std::fs::remove_file(&lock).unwrap(), &|| symlink("/dev/null", &lock).unwrap(), &|| {
+            std::fs::remove_file(&lock).and_then(|()| std::fs::create_dir(&lock)).unwrap();
+        }];
+    for way in ways {
+        way();
+        let error = closed.open().unwrap_err();
+        assert!(matches!(&error, StoreError::NoLock { path, .. } if *path == lock), "{error}");
+        let parent = closed.path.parent().unwrap().to_owned();
+        let [found] = &leftovers(&[parent]).unwrap()[..] else { panic!("not listed") };
+        let refused = remove_leftover(found, Removal::WithCommitted).unwrap_err();
+        assert!(matches!(refused, StoreError::NoLock { .. }), "{refused}");
+        assert!(closed.path.join("data").exists());
+    }
+    std::fs::remove_dir(&lock).unwrap();
+    std::fs::write(&lock, "").unwrap();
+    drop(closed.open().unwrap());
+}
+
+#[test]
+fn what_is_in_the_place_of_the_previous_manifest_is_named() {
+    let closed = Closed::new();
+    let previous = closed.path.join("manifest.previous");
+    std::fs::remove_file(&previous).unwrap();
+    std::fs::create_dir(&previous).unwrap();
+    let error = Store::restore(&closed.path, "first").unwrap_err();
+    assert!(matches!(&error, StoreError::Directory { path, .. } if *path == previous), "{error}");
+}
+
+#[test]
+fn of_much_damage_three_are_named() {
+    let what = Generation::Previous.to_string();
+    let damaged: Vec<String> = (0..8).map(|number| format!("tensor {number}")).collect();
+    let few = StoreError::NotWhole { path: "x".into(), what: what.clone(), damaged: damaged[..3].to_vec() };
+    let many = StoreError::NotWhole { path: "x".into(), what, damaged };
+    assert!(few.to_string().contains(": tensor 0; tensor 1; tensor 2; `overspill verify x`"), "{few}");
+    assert!(many.to_string().contains("tensor 2; and 5 more; `overspill verify x`"), "{many}");
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use overspill_io::{BackendChoice, Block, BlockClass, Engine, EngineConfig, IoError, Pool};
-use overspill_swap::{Durability, Manifest, Store, StoreError, Swapped, Volume, Worth, measure};
+use overspill_swap::{Durability, Manifest, Store, StoreError, Survey, Swapped, Volume, Worth, measure};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -188,7 +188,7 @@ fn volumes_that_are_kept_stay_and_the_manifest_says_what_lies_where() {
     assert_eq!((manifest.stripe_bytes, lanes), (MIB, vec![("data".to_owned(), 1), (second, 3)]));
     for volume in 0..2 {
         let refused = Store::check_over(&[(rig.directory(volume), 1)], 1).unwrap_err();
-        assert!(matches!(refused, StoreError::Leftover { path } if path == rig.directory(volume)));
+        assert!(matches!(refused, StoreError::Leftover { path, .. } if path == rig.directory(volume)));
     }
 }
 
@@ -197,7 +197,7 @@ fn a_volume_in_the_way_is_named_and_nothing_is_left_of_the_others() {
     let rig = Rig::new([1, 1], &[BackendChoice::Auto]);
     std::fs::create_dir(rig.directory(1)).unwrap();
     let refused = rig.create(MIB).unwrap_err();
-    assert!(matches!(&refused, StoreError::Leftover { path } if path == rig.directory(1)), "{refused}");
+    assert!(matches!(&refused, StoreError::Leftover { path, .. } if path == rig.directory(1)), "{refused}");
     assert!(!rig.directory(0).exists());
     // Found only when the first one has been made already.
     std::fs::remove_dir(rig.directory(1)).unwrap();
@@ -277,11 +277,47 @@ fn volumes_are_opened_in_their_own_places_only() {
         matches!(&refused, StoreError::ForeignVolume { path, .. } if path == &stranger.directory),
         "{refused}"
     );
-    assert!(matches!(open(&[second.clone(), home.clone()]), Err(StoreError::NothingCommitted { .. })));
+    let swapped = open(&[second.clone(), home.clone()]).unwrap_err();
+    assert!(matches!(&swapped, StoreError::Misplaced { path, number: 2 } if path == &second.directory));
+    assert!(!swapped.to_string().contains("gc"), "nothing is to be removed: {swapped}");
+    let twice = open(&[home.clone(), home.clone()]).unwrap_err();
+    assert!(matches!(&twice, StoreError::GivenTwice { path } if path == &home.directory), "{twice}");
     assert!(matches!(open(std::slice::from_ref(&home)), Err(StoreError::Volumes { found: 1, .. })));
     // Weights are those that the state was made with.
     let store = open(&[home, Volume { weight: 9, ..second }]).unwrap();
     let both = store.adopt("both", 2 * MIB).unwrap();
     let resident = both.load(rig.pool.lease(2 * MIB).unwrap()).unwrap().wait().unwrap();
     assert_eq!(resident.bytes(), vec![7; 2 * MIB]);
+}
+
+#[test]
+fn a_label_that_cannot_be_read_is_written_anew_in_the_home_and_named_in_the_others() {
+    let rig = Rig::new([1, 1], &[BackendChoice::Auto]);
+    let store = rig.create(8 * MIB).unwrap();
+    drop(rig.tensor(&store, "both", 2 * MIB, 7));
+    store.commit(Value::Null).unwrap();
+    store.keep();
+    drop(store);
+    let open = || Store::open_over(&rig.volumes, Durability::Step);
+    let [first, second] = [0, 1].map(|volume| rig.directory(volume).join("volume"));
+    let text = std::fs::read_to_string(&first).unwrap();
+    for damage in [None, Some(""), Some("0000 0"), Some("zero")] {
+        match damage {
+            None => std::fs::remove_file(&first).unwrap(),
+            Some(damage) => std::fs::write(&first, damage).unwrap(),
+        }
+        let survey = Survey::of(&[rig.directory(0).to_owned()]).unwrap();
+        assert_eq!(survey.directories.len(), 2, "the others are found from it");
+        let note = open().unwrap().note().unwrap_or_default();
+        assert!(note.contains("volume: missing or damaged"), "{note}");
+        assert_eq!(std::fs::read_to_string(&first).unwrap(), text);
+        assert!(!open().unwrap().note().unwrap_or_default().contains("volume: missing"));
+    }
+    let text = std::fs::read_to_string(&second).unwrap();
+    std::fs::remove_file(&second).unwrap();
+    let refused = open().unwrap_err();
+    assert!(matches!(&refused, StoreError::Label { path, number: 2, .. } if *path == second), "{refused}");
+    assert!(refused.to_string().contains(&format!("`{text}`")), "{refused}");
+    std::fs::write(&second, text).unwrap();
+    drop(open().unwrap());
 }
