@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use clap::Args;
 use overspill_io::BackendChoice;
 use overspill_train::ByteSize;
@@ -74,10 +74,13 @@ pub(crate) fn run(arguments: &ExportArguments) -> anyhow::Result<()> {
     let result = transfer::export(&options, &stop, &mut |done, total| bar.show(done, total));
     bar.finish();
     let exported = result?;
+    // Only saying so is left, and a failure of that must not be taken for one of the export.
+    let is_done =
+        || format!("the export is done, into {}, but its numbers are not told", exported.out.display());
     if let Some(json) = json {
-        json.write(&exported)?;
+        json.write(&exported).with_context(is_done)?;
     }
-    output::show(&table(&exported))
+    output::show(&table(&exported)).with_context(is_done)
 }
 
 fn options(arguments: &ExportArguments) -> anyhow::Result<ExportOptions> {

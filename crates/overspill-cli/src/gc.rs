@@ -12,7 +12,7 @@ use clap::Args;
 use overspill_swap::{
     Leftover, Owner, Remains, Removal, Removed, StoreError, Survey, leftovers, remove_leftover,
 };
-use overspill_train::{ByteSize, reading};
+use overspill_train::{ByteSize, path, reading};
 use serde::Serialize;
 
 use crate::output::{self, JsonFile};
@@ -48,6 +48,7 @@ struct Report {
 /// A directory of a store.
 #[derive(Debug, Serialize)]
 struct DirectoryReport {
+    #[serde(serialize_with = "path::lossy")]
     path: PathBuf,
     /// Whether a running process has it.
     in_use: bool,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use overspill_swap::{Fragmentation, Generation, GenerationState, Owner, Store, StoreError, Survey};
-use overspill_train::{ByteSize, reading};
+use overspill_train::{ByteSize, path, reading};
 use serde::Serialize;
 
 use crate::output::{self, JsonFile};
@@ -29,8 +29,10 @@ pub(crate) struct InspectArguments {
 #[derive(Debug, Serialize)]
 struct Report {
     /// The store's home.
+    #[serde(serialize_with = "path::lossy")]
     directory: PathBuf,
     /// All its directories that were looked at, the home first.
+    #[serde(serialize_with = "path::lossy_each")]
     directories: Vec<PathBuf>,
     /// Whether a running process has it open.
     in_use: bool,
@@ -80,6 +82,7 @@ pub(crate) struct GenerationReport {
 
 #[derive(Debug, Serialize)]
 struct FileReport {
+    #[serde(serialize_with = "path::lossy")]
     path: PathBuf,
     length_bytes: u64,
     allocated_bytes: u64,

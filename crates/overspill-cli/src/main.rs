@@ -2,7 +2,7 @@
 //!
 //! What was typed ([`args`]) is resolved into what is meant, and run; everything that does the work is in the
 //! libraries. Whatever goes wrong ends in one line on standard error and an exit status: 2 for a command line that
-//! can't be understood, 130 for an interruption, 1 for the rest.
+//! can't be understood, 128 and the signal's number for an interruption (130 for Ctrl-C), 1 for the rest.
 #![forbid(unsafe_code)]
 
 mod args;
@@ -31,9 +31,6 @@ use overspill_train::{TrainError, report};
 
 use crate::args::{Arguments, BenchCommand, Command};
 
-/// Exit status of a program that SIGINT ended, by the shells' convention.
-const INTERRUPTED: u8 = 130;
-
 fn main() -> ExitCode {
     // Before anything is allocated: what the process takes without having done a thing.
     let baseline_rss_bytes = report::memory_of_process("VmHWM").unwrap_or(0);
@@ -59,7 +56,7 @@ fn main() -> ExitCode {
         Err(error) => {
             output::say(&format!("overspill: {}", one_line(&error)));
             match error.downcast_ref::<TrainError>() {
-                Some(TrainError::Interrupted) => ExitCode::from(INTERRUPTED),
+                Some(TrainError::Interrupted) => ExitCode::from(interrupt::exit_status()),
                 _ => ExitCode::FAILURE,
             }
         }

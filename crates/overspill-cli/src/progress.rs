@@ -53,9 +53,14 @@ impl Progress {
     }
 
     fn say(&self, text: &str) {
+        if !matches!(self.display, Display::Nothing) {
+            self.say_anyway(text);
+        }
+    }
+
+    fn say_anyway(&self, text: &str) {
         match &self.display {
-            Display::Nothing => {}
-            Display::Lines { .. } => output::say(text),
+            Display::Nothing | Display::Lines { .. } => output::say(text),
             Display::Bar(bar) => bar.suspend(|| output::say(text)),
         }
     }
@@ -152,7 +157,8 @@ impl Observer for Progress {
             true => self.say(&format!(
                 "the state after the last step, {step}, is kept in {path}; overspill export {path} FOLDER takes it out"
             )),
-            false => self.say(&format!(
+            // Not even a quiet run that was interrupted keeps this to itself.
+            false => self.say_anyway(&format!(
                 "the state after step {step} of {} is kept in {path}; go on with the same arguments and --resume",
                 self.steps
             )),

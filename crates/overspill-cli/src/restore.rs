@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::Args;
 use overspill_io::BackendChoice;
 use overspill_swap::{Examination, Generation, Scope, Store, StoreError, Verdict};
-use overspill_train::reading;
+use overspill_train::{path, reading};
 use serde::Serialize;
 
 use crate::inspect::kind_and_name;
@@ -50,6 +50,7 @@ pub(crate) struct RestoreArguments {
 #[derive(Debug, Serialize)]
 struct Report {
     /// The store's home.
+    #[serde(serialize_with = "path::lossy")]
     directory: PathBuf,
     /// What was gone back to: `snapshot` or `previous`.
     kind: &'static str,

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::Args;
 use overspill_swap::{Answer, Asked, Deleted, Generation, Store, Survey, Wish};
-use overspill_train::{check_stop, reading};
+use overspill_train::{check_stop, path, reading};
 use serde::Serialize;
 
 use crate::inspect::{GenerationReport, generations_table};
@@ -24,7 +24,7 @@ pub(crate) struct SnapshotArguments {
     #[arg(value_name = "DIR")]
     directory: PathBuf,
 
-    /// Name of the snapshot: 1 to 64 letters, digits, -, _ or . [default: list those that there are]
+    /// Name of the snapshot, of 1 to 64 letters, digits, dots and the signs - and _ [default: list those that there are]
     #[arg(value_name = "NAME")]
     name: Option<String>,
 
@@ -45,6 +45,7 @@ pub(crate) struct SnapshotArguments {
 #[derive(Debug, Serialize)]
 struct Report {
     /// The store's home.
+    #[serde(serialize_with = "path::lossy")]
     directory: PathBuf,
     /// Name of the snapshot.
     name: String,
@@ -64,6 +65,7 @@ struct Report {
 #[derive(Debug, Serialize)]
 struct ListReport {
     /// The store's home.
+    #[serde(serialize_with = "path::lossy")]
     directory: PathBuf,
     snapshots: Vec<GenerationReport>,
 }
@@ -91,7 +93,9 @@ pub(crate) fn run(arguments: &SnapshotArguments) -> anyhow::Result<()> {
     let Some(json) = json else { return Ok(()) };
     // One that was made may be given up by somebody else meanwhile.
     let manifest = if arguments.delete { before } else { Store::snapshot_of(&directory, name).ok() };
-    json.write(&Report {
+    let done = if arguments.delete { "given up" } else { "made" };
+    let is_done = format!("snapshot {name} of {} is {done}, but that is not told", directory.display());
+    let report = Report {
         directory,
         name: name.clone(),
         deleted: arguments.delete,
@@ -99,7 +103,8 @@ pub(crate) fn run(arguments: &SnapshotArguments) -> anyhow::Result<()> {
         step: manifest.as_ref().and_then(|manifest| manifest.step()),
         owner_pid: owner.pid,
         at_next_commit: owner.acts_at_next_commit,
-    })
+    };
+    json.write(&report).context(is_done)
 }
 
 fn list(directory: &Path, json: Option<JsonFile>) -> anyhow::Result<()> {

@@ -10,7 +10,7 @@ use anyhow::bail;
 use clap::Args;
 use overspill_io::BackendChoice;
 use overspill_swap::{Damage, Damaged, Examination, Findings, Generation, Scope, Verdict};
-use overspill_train::{ByteSize, TrainError, reading};
+use overspill_train::{ByteSize, TrainError, path, reading};
 use serde::Serialize;
 
 use crate::inspect::kind_and_name;
@@ -39,8 +39,10 @@ pub(crate) struct VerifyArguments {
 #[derive(Debug, Serialize)]
 struct Report {
     /// The store's home.
+    #[serde(serialize_with = "path::lossy")]
     directory: PathBuf,
     /// All its directories that were read, the home first.
+    #[serde(serialize_with = "path::lossy_each")]
     directories: Vec<PathBuf>,
     /// Whether the committed generation and all snapshots are what was stored.
     whole: bool,
@@ -78,6 +80,7 @@ struct DamagedReport {
     /// The generations that name it, in words.
     generations: Vec<String>,
     /// The data file that it begins in.
+    #[serde(serialize_with = "path::lossy")]
     file: PathBuf,
     /// Where in that file.
     offset: u64,

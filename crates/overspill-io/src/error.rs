@@ -125,6 +125,12 @@ pub enum IoError {
         /// The kernel's answer.
         errno: i32,
     },
+    /// What is there has no places to read and write at: it is a pipe, a socket or a directory.
+    #[error("{}: neither a file nor a disk", path.display())]
+    NotAFile {
+        /// What is there.
+        path: PathBuf,
+    },
     /// The engine cannot work with this value.
     #[error("{field} is {value}, but must be {requirement}")]
     Config {

@@ -2,8 +2,9 @@
 //!
 //! A [`File`] is opened for direct I/O where the file system takes it, and through the page cache where it does not;
 //! [`File::direct`] and [`File::note`] say which and why. What direct I/O asks of offsets and lengths is probed per
-//! file. The descriptor is closed when the last clone is gone, operations in flight included; the engine's ring lets
-//! go of it then, too.
+//! file. What has no offsets, a pipe above all, is refused to readers and as a lane of a space, and not waited for. The
+//! descriptor is closed when the last clone is gone, operations in flight included; the engine's ring lets go of it then,
+//! too.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -74,7 +75,20 @@ impl File {
 
     /// Opens a file that exists, and that somebody else may be writing.
     pub(crate) fn open_to_read(path: &Path, doorbell: &Arc<Doorbell>) -> Result<File, IoError> {
-        File::open_with("open", path, OFlags::RDONLY, doorbell)
+        // Whoever opens a pipe to read waits for somebody to write, unless they say that they don't.
+        let file = match File::open_with("open", path, OFlags::RDONLY | OFlags::NONBLOCK, doorbell) {
+            // So the kernel answers for a socket.
+            Err(IoError::File { errno, .. }) if errno == Errno::NXIO.raw_os_error() => {
+                return Err(IoError::NotAFile { path: path.to_owned() });
+            }
+            opened => opened?,
+        };
+        file.check_places()?;
+        let failed = |errno| file.failed("open", errno);
+        // Left on, it would have the kernel refuse transfers that it cannot start at once.
+        let set = rustix::fs::fcntl_getfl(&file).map_err(failed)?;
+        rustix::fs::fcntl_setfl(&file, set - OFlags::NONBLOCK).map_err(failed)?;
+        Ok(file)
     }
 
     /// A nameless file in memory, on which a backend can prove that it works.
@@ -220,6 +234,15 @@ impl File {
     /// Whether it is a disk as a whole, which has all of its bytes always.
     pub(crate) fn is_disk(&self) -> bool {
         self.inner.is_disk
+    }
+
+    /// Fails if there are no offsets to read and write at. Character devices such as `/dev/full` take any.
+    pub(crate) fn check_places(&self) -> Result<(), IoError> {
+        let stat = rustix::fs::fstat(self).map_err(|errno| self.failed("measure", errno))?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile | FileType::BlockDevice | FileType::CharacterDevice => Ok(()),
+            _ => Err(IoError::NotAFile { path: self.inner.path.clone() }),
+        }
     }
 
     /// Cuts the file off behind its first `bytes` bytes.

@@ -223,8 +223,14 @@ impl Rated {
             Some(directory) => format!("the drive of {directory}"),
             None => "the drive".to_owned(),
         };
-        let lasts = lifetime(days);
-        Some(format!("at {per_day} a day, {drive}, rated for {}, is worn out in {lasts}", self.endurance))
+        let rating = self.endurance;
+        Some(match wear.life_used_fraction < 1.0 {
+            true => {
+                let lasts = lifetime(days);
+                format!("at {per_day} a day, {drive}, rated for {rating}, is worn out in {lasts}")
+            }
+            false => format!("{drive}, rated for {rating}, is worn out already, at {per_day} a day"),
+        })
     }
 }
 
@@ -237,7 +243,11 @@ pub fn lifetime(days: f64) -> String {
     } else if days >= 3.0 {
         format!("{days:.0} days")
     } else {
-        format!("{:.0} hours", (days * 24.0).max(1.0))
+        match days * 24.0 {
+            hours if hours < 1.0 => "less than an hour".to_owned(),
+            hours if hours < 1.5 => "1 hour".to_owned(),
+            hours => format!("{hours:.0} hours"),
+        }
     }
 }
 
@@ -381,6 +391,19 @@ mod tests {
     }
 
     #[test]
+    fn a_drive_whose_rating_is_written_already_is_not_said_to_last() {
+        let rated = Rated::busiest(RATED, &[place("/a", 1, 1)]).unwrap();
+        let warning = |run_bytes| {
+            let step_bytes = 600_000_000_000_000;
+            rated.warning(rated.wear(run_bytes, step_bytes, Duration::from_secs(86_400)))
+        };
+        let less = warning(599_999_999_999_999).unwrap();
+        assert!(less.ends_with("is worn out in 24 hours"), "{less}");
+        let expected = "the drive, rated for 600TBW, is worn out already, at 600 TB a day";
+        assert_eq!(warning(600_000_000_000_000).as_deref(), Some(expected));
+    }
+
+    #[test]
     fn amounts_and_times_are_shown_as_people_say_them() {
         let shown = |bytes| Decimal(bytes).to_string();
         assert_eq!(
@@ -391,7 +414,12 @@ mod tests {
             [shown(999_960), shown(123_456_000_000_000), shown(u64::MAX)],
             ["1.0 MB", "123 TB", "18447 PB"]
         );
-        assert_eq!([lifetime(0.0), lifetime(2.5), lifetime(29.6)], ["1 hours", "60 hours", "30 days"]);
+        let hours = |hours| lifetime(hours / 24.0);
+        assert_eq!(
+            [hours(0.0), hours(0.99), hours(1.01)],
+            ["less than an hour", "less than an hour", "1 hour"]
+        );
+        assert_eq!([hours(1.51), lifetime(2.5), lifetime(29.6)], ["2 hours", "60 hours", "30 days"]);
         assert_eq!([lifetime(1000.0), lifetime(1e9)], ["2.7 years", "more than 100 years"]);
     }
 }

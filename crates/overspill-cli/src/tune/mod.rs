@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use overspill_io::{Direction, EngineConfig};
 use overspill_swap::Profile;
-use overspill_train::{ByteSize, check_stop};
+use overspill_train::{ByteSize, check_stop, path};
 use serde::Serialize;
 
 use self::grid::{Measured, Point, Speed};
@@ -32,11 +32,13 @@ use crate::progress::Steps;
 /// What was found. Rates are 10⁹ bytes per second; medians over the slices.
 #[derive(Debug, Serialize)]
 struct Report {
+    #[serde(serialize_with = "path::lossy")]
     directory: PathBuf,
     backend: String,
     points: Vec<PointReport>,
     rings: Vec<RingsReport>,
     profile: Profile,
+    #[serde(serialize_with = "path::lossy")]
     profile_path: PathBuf,
     elapsed_seconds: f64,
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{CWD, Mode, mkfifoat};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -42,6 +43,9 @@ pub(crate) struct Ended {
 
 /// No run of a test takes longer than this.
 const BOUND: Duration = Duration::from_secs(300);
+
+/// What has nothing to do takes less than this.
+const HANGS: Duration = Duration::from_secs(60);
 
 impl Place {
     pub(crate) fn new() -> Self {
@@ -81,6 +85,28 @@ impl Place {
 
     pub(crate) fn run(&self, arguments: &[&str]) -> Ended {
         Ended::of(&self.command(arguments).output().unwrap())
+    }
+
+    /// As [`Place::run`], for what may hang: it fails when that takes too long.
+    #[track_caller]
+    pub(crate) fn run_in_time(&self, command: &mut Command) -> Ended {
+        let mut child = command.spawn().unwrap();
+        let began = Instant::now();
+        while child.try_wait().unwrap().is_none() {
+            if began.elapsed() >= HANGS {
+                child.kill().unwrap();
+                panic!("it does not end: {command:?}");
+            }
+            std::thread::yield_now();
+        }
+        Ended::of(&child.wait_with_output().unwrap())
+    }
+
+    /// Makes a pipe that nobody writes to.
+    pub(crate) fn pipe(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        mkfifoat(CWD, &path, Mode::RUSR | Mode::WUSR).unwrap();
+        path
     }
 
     /// `overspill train` of the small model, and more arguments.

@@ -130,6 +130,21 @@ fn what_cannot_be_imported_is_refused_and_leaves_nothing() {
     );
     refused("state", &["tensor weight.lm_head.weight has shape [32, 256], expected [256, 32]"]);
     place.file("state/state.safetensors", &sound);
+    for (at, byte) in [(sound.len() - 1, 0x80), (sound.len() / 2, 0x01), (sound.len() - 4097, 0x40)] {
+        let mut bytes = sound.clone();
+        bytes[at] ^= byte;
+        place.file("state/state.safetensors", bytes);
+        refused("state", &["state/state.safetensors: tensor ", " is damaged: its checksum is "]);
+    }
+    // A block that was lost, and a number that is none any more.
+    for lost in [[0; 512], [0xff; 512]] {
+        let mut bytes = sound.clone();
+        let at = sound.len() / 2 / 512 * 512;
+        bytes[at..at + 512].copy_from_slice(&lost);
+        place.file("state/state.safetensors", bytes);
+        refused("state", &["state/state.safetensors: tensor ", " is damaged: its checksum is "]);
+    }
+    place.file("state/state.safetensors", &sound);
     let text = fs::read_to_string(place.path("state/state.json")).unwrap();
     place.file("state/state.json", text.replace("\"step\": 3", "\"step\": 2"));
     refused("state", &["not of the training state that state/state.json describes"]);

@@ -4,6 +4,7 @@
 mod bench;
 mod command;
 mod documents;
+mod endings;
 mod export;
 mod full;
 mod import;

@@ -420,7 +420,7 @@ fn an_interrupted_run_over_two_directories_cleans_both() {
 
 #[test]
 fn an_interrupted_run_cleans_up_and_says_so_by_its_exit_status() {
-    for signal in ["INT", "TERM"] {
+    for (signal, exit_status) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
         let place = Place::new();
         let endless =
             [&["train"], &SMALL[..SMALL.len() - 2], &["--steps", "1000000", "--out", "model"]].concat();
@@ -430,8 +430,32 @@ fn an_interrupted_run_cleans_up_and_says_so_by_its_exit_status() {
             std::process::Command::new("kill").args(["-s", signal, &child.id().to_string()]).status();
         assert!(status.unwrap().success());
         let ended = Ended::of(&child.wait_with_output().unwrap());
-        assert_eq!(ended.status, Some(130), "{}", ended.stderr);
+        assert_eq!(ended.status, Some(exit_status), "{}", ended.stderr);
         assert!(ended.stderr.contains("overspill: interrupted"), "{}", ended.stderr);
         assert!(place.names().is_empty(), "{:?}", place.names());
+    }
+}
+
+#[test]
+fn an_interrupted_run_says_where_its_state_is_kept_and_how_to_go_on_even_if_it_is_quiet() {
+    for quiet in [&[][..], &["--quiet"]] {
+        let place = Place::new();
+        fs::create_dir(place.path("swap")).unwrap();
+        let keep = ["--steps", "1000000", "--swap-dir", "swap", "--keep"];
+        let endless = [&["train"], &SMALL[..SMALL.len() - 2], &keep, quiet].concat();
+        let child = place.command(&endless).spawn().unwrap();
+        let began = Instant::now();
+        while !place.path("swap/overspill-store/manifest.previous").exists() {
+            assert!(began.elapsed().as_secs() < 60, "nothing is committed");
+            std::thread::yield_now();
+        }
+        let pid = child.id().to_string();
+        assert!(std::process::Command::new("kill").args(["-s", "TERM", &pid]).status().unwrap().success());
+        let ended = Ended::of(&child.wait_with_output().unwrap());
+        assert_eq!(ended.status, Some(143), "{}", ended.stderr);
+        let lines: Vec<_> = ended.stderr.lines().collect();
+        let [.., kept, "overspill: interrupted"] = lines[..] else { panic!("{}", ended.stderr) };
+        assert!(kept.contains("is kept in swap/overspill-store; go on with"), "{kept}");
+        assert!(kept.ends_with("--resume"), "{kept}");
     }
 }

@@ -134,7 +134,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`IoError::File`], also if `path` is a symbolic link.
+    /// [`IoError::File`], also if `path` is a symbolic link; [`IoError::NotAFile`].
     pub fn open_to_read(&self, path: &Path) -> Result<File, IoError> {
         File::open_to_read(path, &self.inner.doorbell)
     }

@@ -51,8 +51,10 @@ impl Space {
     ///
     /// # Errors
     ///
-    /// As [`Stripes::new`].
+    /// As [`Stripes::new`]; [`IoError::NotAFile`] for a lane that has no offsets, as a pipe: nothing would end the wait for
+    /// its bytes.
     pub fn new(lanes: Vec<Lane>, stripe_bytes: usize) -> Result<Space, IoError> {
+        lanes.iter().try_for_each(|lane| lane.file.check_places())?;
         let weights: Vec<u32> = lanes.iter().map(|lane| lane.weight).collect();
         let stripes = Arc::new(Stripes::new(stripe_bytes, &weights)?);
         Ok(Space { lanes: lanes.into(), stripes, stats: Arc::new(Stats::default()) })

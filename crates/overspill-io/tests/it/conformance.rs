@@ -2,7 +2,10 @@
 
 use std::io::Read;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use overspill_io::{
     BLOCK_ALIGNMENT, BackendChoice, Block, BlockClass, Direction, Engine, EngineConfig, Failed, IoError,
@@ -27,6 +30,7 @@ laws! {
     a_file_that_ends_between_aligned_bytes_is_an_error
     an_offset_beyond_what_files_can_be_is_refused
     files_that_cannot_be_opened_say_why
+    what_has_no_offsets_is_refused_and_not_waited_for
     a_failed_write_returns_identical_data
     a_dropped_ticket_sends_the_block_home_after_the_write
     a_dropped_engine_finishes_what_it_accepted
@@ -264,6 +268,29 @@ fn files_that_cannot_be_opened_say_why(backend: BackendChoice) {
     assert_eq!(error, IoError::File { action: "create", path: missing.clone(), errno: libc::ENOENT });
     let said = format!("cannot create {}: No such file or directory (os error 2)", missing.display());
     assert_eq!(error.to_string(), said);
+}
+
+fn what_has_no_offsets_is_refused_and_not_waited_for(backend: BackendChoice) {
+    let rig = Rig::blocks(backend, 4096, 1);
+    rustix::fs::mkfifoat(rustix::fs::CWD, rig.path("pipe"), rustix::fs::Mode::RUSR).unwrap();
+    let _listener = UnixListener::bind(rig.path("socket")).unwrap();
+    std::fs::create_dir(rig.path("folder")).unwrap();
+    let (engine, paths) = (rig.engine.clone(), ["pipe", "socket", "folder"].map(|name| rig.path(name)));
+    let (tell, told) = mpsc::channel();
+    thread::spawn(move || {
+        for path in paths {
+            let result = engine.open_to_read(&path).map(drop);
+            tell.send((result, path)).unwrap();
+        }
+    });
+    for _ in 0..3 {
+        let (result, path) = told.recv_timeout(Duration::from_secs(60)).expect("nobody waits for a pipe");
+        assert_eq!(result, Err(IoError::NotAFile { path }));
+    }
+    // What is opened without waiting is not left so: transfers wait.
+    let path = rig.create("file").path().to_owned();
+    let file = rig.engine.open_to_read(&path).unwrap();
+    assert!(!rustix::fs::fcntl_getfl(&file).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
 }
 
 fn a_failed_write_returns_identical_data(backend: BackendChoice) {

@@ -73,6 +73,21 @@ pub enum CheckpointError {
         /// The description.
         of: PathBuf,
     },
+    /// The numbers of a tensor are not those that were exported.
+    #[error(
+        "{path}: tensor {tensor} is damaged: its checksum is {found:016x}, and was {expected:016x} when it was exported",
+        path = path.display()
+    )]
+    Damaged {
+        /// The tensor.
+        tensor: String,
+        /// The file that holds it.
+        path: PathBuf,
+        /// What was exported.
+        expected: u64,
+        /// What is there.
+        found: u64,
+    },
     /// The index does not list shards.
     #[error("{path}: not an index of shards: {reason}", path = path.display())]
     Index {

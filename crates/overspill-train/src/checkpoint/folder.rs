@@ -4,8 +4,8 @@
 //! [`FolderWriter::finish`] removes what it made.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use super::plan::{self, Precision, ShardPlan, Stem, TensorPlan};
 use super::staging::Staging;
 use super::state::{self, STATE};
+use super::tensors::{is_there, open_regular};
 use super::{Action, CONFIG, CheckpointError, MODEL, header};
 use crate::data::byte_level_files;
 
@@ -137,6 +138,14 @@ impl FolderWriter {
         Ok(())
     }
 
+    /// Writes a small file anew, with a text as long as the first one, for which it has the room.
+    pub(super) fn rewrite(&self, name: &str, text: &str) -> Result<(), CheckpointError> {
+        let path = self.staging.path(name);
+        let file = File::options().write(true).open(&path).map_err(Action::Open.failed(&path))?;
+        let bytes = text.as_bytes();
+        file.write_all_at(bytes, 0).map_err(|e| write_failed(&path, bytes.len() as u64, e))
+    }
+
     /// Makes the folder safe on storage and gives it its name.
     ///
     /// # Panics
@@ -193,11 +202,12 @@ fn write_file(staging: &mut Staging, name: &str, bytes: &[u8]) -> Result<(), Che
 fn copy_companions(staging: &mut Staging, folder: &Path) -> Result<(), CheckpointError> {
     for name in COMPANIONS {
         let path = folder.join(name);
-        match fs::read(&path) {
-            Ok(bytes) => write_file(staging, name, &bytes)?,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(Action::Read.failed(&path)(e)),
+        if !is_there(&path)? {
+            continue;
         }
+        let mut bytes = Vec::new();
+        open_regular(&path)?.read_to_end(&mut bytes).map_err(Action::Read.failed(&path))?;
+        write_file(staging, name, &bytes)?;
     }
     Ok(())
 }

@@ -7,6 +7,7 @@
 //! both moments, goes into a folder of its own kind (`state.rs`). What a process that died was writing is found, and removed,
 //! by [`unfinished`].
 
+mod checksum;
 mod error;
 mod folder;
 mod header;

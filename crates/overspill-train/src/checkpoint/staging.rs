@@ -47,8 +47,8 @@ impl Staging {
 
     /// Creates a file in the folder and returns it with its present path.
     pub(super) fn create(&mut self, name: &str) -> Result<(File, PathBuf), CheckpointError> {
+        let path = self.path(name);
         let made = self.made.as_mut().expect("only publishing takes the folder away");
-        let path = made.folder.join(name);
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
@@ -56,6 +56,11 @@ impl Staging {
             .map_err(Action::Create.failed(&path))?;
         made.files.push(path.clone());
         Ok((file, path))
+    }
+
+    /// Where a file of the folder is at present.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.made.as_ref().expect("only publishing takes the folder away").folder.join(name)
     }
 
     /// Makes the files safe on storage, gives the folder its final name, and makes the name safe, too.

@@ -5,7 +5,7 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use serde::Deserialize;
 
 use super::plan::Stem;
 use super::{Action, CheckpointError, header};
+use crate::regular;
 
 /// Half types are read and widened this many bytes at a time.
 const PIECE_BYTES: usize = 1 << 20;
@@ -88,6 +89,13 @@ impl Tensors {
     /// The file that holds a tensor.
     pub(super) fn path(&self, tensor: &Tensor) -> &Path {
         &self.shards[tensor.shard].path
+    }
+
+    /// Where in that file its bytes begin, and where they end.
+    #[cfg(test)]
+    pub(super) fn place_in_file(&self, tensor: &Tensor) -> (usize, usize) {
+        let bytes = tensor.shape.iter().product::<usize>() * tensor.dtype.bitsize() / 8;
+        (tensor.offset as usize, tensor.offset as usize + bytes)
     }
 
     /// All tensors, by name.
@@ -186,12 +194,10 @@ pub(super) fn is_there(path: &Path) -> Result<bool, CheckpointError> {
     path.try_exists().map_err(Action::Open.failed(path))
 }
 
-/// Opens a file that has a length and places in it. A pipe would be waited for, so this is asked before.
-fn open_regular(path: &Path) -> Result<File, CheckpointError> {
-    if !fs::metadata(path).map_err(Action::Open.failed(path))?.is_file() {
-        return Err(CheckpointError::NotAFile { path: path.to_owned() });
-    }
-    File::open(path).map_err(Action::Open.failed(path))
+/// Opens a file that has a length and places in it.
+pub(super) fn open_regular(path: &Path) -> Result<File, CheckpointError> {
+    let file = regular::open(path).map_err(Action::Open.failed(path))?;
+    file.ok_or_else(|| CheckpointError::NotAFile { path: path.to_owned() })
 }
 
 pub(super) fn read_text(path: &Path) -> Result<String, CheckpointError> {

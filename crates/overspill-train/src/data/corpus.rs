@@ -4,17 +4,21 @@
 //! kept as bytes and other ids as `u32`; nothing else of the file's size is ever held. A text file is one document,
 //! a JSONL file (`.jsonl`, `.ndjson`, `.json`) one per line. Documents are joined by the tokenizer's end-of-text
 //! token, or by a newline where it has none. Between pieces [`Limits`] ends a read that takes too much memory or
-//! that nobody waits for any longer.
+//! that nobody waits for any longer; it ends the wait for a pipe, too.
 
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use serde_json::Value;
 
 use super::{DataError, Tokenizer};
+use crate::regular;
 
 /// The project's own documents and sources; see the build script.
 const EMBEDDED: &str = include_str!(concat!(env!("OUT_DIR"), "/corpus.txt"));
@@ -24,6 +28,9 @@ const EMBEDDED_NAME: &str = "embedded corpus";
 
 /// How much text is encoded at once. A token cannot span two pieces; they end at a newline where there is one.
 const PIECE_BYTES: usize = 1 << 20;
+
+/// How often whoever waits for a pipe looks whether they still should.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// The tokens of a run.
 #[derive(Debug)]
@@ -59,8 +66,8 @@ impl Corpus {
         Ok(Self { tokens, source: EMBEDDED_NAME.to_owned() })
     }
 
-    /// Reads text and JSONL files in the given order, into at most `bytes_max` bytes of memory; `stop` is looked at
-    /// about every mebibyte.
+    /// Reads text and JSONL files in the given order, into at most `bytes_max` bytes of memory. A path may also be that
+    /// of a pipe, which is waited for. `stop` is looked at about every mebibyte, and all the while a pipe is silent.
     ///
     /// # Errors
     /// [`DataError`], naming the file and the line or offset, when a file cannot be read or is not what its
@@ -80,6 +87,7 @@ impl Corpus {
         let mut encoder = Encoder::new(tokenizer, Limits { source: &source, bytes_max, stop });
         for path in paths {
             let (file, length) = open(path)?;
+            let file = Patient { file, stop };
             match path.extension().and_then(|extension| extension.to_str()) {
                 Some("jsonl" | "ndjson" | "json") => read_jsonl(path, file, &mut encoder)?,
                 _ => {
@@ -164,6 +172,15 @@ struct Limits<'a> {
 }
 
 impl Limits<'_> {
+    /// Turns what a read failed with into an error. That the wait for a pipe was given up is none of the pipe's.
+    fn unreadable(&self, path: &Path) -> impl Fn(io::Error) -> DataError {
+        let (path, stop) = (path.to_owned(), self.stop);
+        move |source| match source.kind() {
+            io::ErrorKind::WouldBlock if stop.load(Ordering::Relaxed) => DataError::Interrupted,
+            _ => DataError::Unreadable { path: path.clone(), source },
+        }
+    }
+
     /// Whether a read that holds `bytes` may go on.
     fn check(&self, bytes: usize) -> Result<(), DataError> {
         if self.stop.load(Ordering::Relaxed) {
@@ -173,6 +190,31 @@ impl Limits<'_> {
         } else {
             Ok(())
         }
+    }
+}
+
+/// A file whose bytes may have yet to come, as those of a pipe do, and that is open without waiting for them. A read waits
+/// until there are some, or the other end is closed, or somebody asks to stop, which is an error.
+struct Patient<'a> {
+    file: File,
+    stop: &'a AtomicBool,
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let patience = Timespec::try_from(LOOK_EVERY).map_err(io::Error::other)?;
+        while !self.stop.load(Ordering::Relaxed) {
+            match poll(&mut [PollFd::new(&self.file, PollFlags::IN)], Some(&patience)) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => match self.file.read(buffer) {
+                    // Somebody else was faster.
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                    result => return result,
+                },
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Err(io::ErrorKind::WouldBlock.into())
     }
 }
 
@@ -266,7 +308,7 @@ fn open(path: &Path) -> Result<(File, u64), DataError> {
         io::ErrorKind::NotFound => DataError::NotFound { path: path.to_owned() },
         _ => DataError::Unreadable { path: path.to_owned(), source },
     };
-    let file = File::open(path).map_err(unreadable)?;
+    let file = regular::open_at_once(path).map_err(unreadable)?;
     let metadata = file.metadata().map_err(unreadable)?;
     if metadata.is_dir() {
         Err(DataError::IsDirectory { path: path.to_owned() })
@@ -284,7 +326,7 @@ fn read_text<R: Read>(path: &Path, mut source: R, encoder: &mut Encoder<'_>) -> 
             .by_ref()
             .take(wanted as u64)
             .read_to_end(&mut piece)
-            .map_err(|source| DataError::Unreadable { path: path.to_owned(), source })?;
+            .map_err(encoder.limits.unreadable(path))?;
         let last = read < wanted;
         let text = match str::from_utf8(&piece) {
             Ok(text) => text,
@@ -360,7 +402,7 @@ fn read_line(
             .by_ref()
             .take(PIECE_BYTES as u64)
             .read_until(b'\n', line)
-            .map_err(|source| DataError::Unreadable { path: path.to_owned(), source })?;
+            .map_err(limits.unreadable(path))?;
         // The tokens that are there already count when those of this line come to them.
         limits.check(line.len())?;
         if read == 0 || line.ends_with(b"\n") {
@@ -371,9 +413,11 @@ fn read_line(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::io::Write;
+    use std::sync::{Arc, mpsc};
 
     use proptest::prelude::*;
+    use rustix::fs::{CWD, Mode, mkfifoat};
 
     use super::*;
 
@@ -426,6 +470,56 @@ mod tests {
         for error in ends_of_endless_texts(3 * PIECE_BYTES) {
             assert!(matches!(error, DataError::TooLarge { .. }), "{error}");
         }
+    }
+
+    /// Reads a pipe in a thread of its own; its result comes in time, or the test fails.
+    fn read_of_pipe(
+        path: &Path,
+        stop: &Arc<AtomicBool>,
+    ) -> impl FnOnce() -> Result<Corpus, DataError> + use<> {
+        mkfifoat(CWD, path, Mode::RUSR | Mode::WUSR).unwrap();
+        let (path, stop, (tell, told)) = (path.to_owned(), Arc::clone(stop), mpsc::channel());
+        std::thread::spawn(move || {
+            tell.send(Corpus::read(&[path], &Tokenizer::Bytes, usize::MAX, &stop)).unwrap();
+        });
+        move || told.recv_timeout(Duration::from_secs(60)).expect("the read ends")
+    }
+
+    #[test]
+    fn whoever_waits_for_a_silent_pipe_can_be_interrupted() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, is_written) in [("f.txt", true), ("g.txt", false), ("h.jsonl", true), ("i.jsonl", false)] {
+            let stop = Arc::new(AtomicBool::new(false));
+            let result = read_of_pipe(&folder.path().join(name), &stop);
+            // This waits until the pipe is open at the other end.
+            let mut pipe = File::options().write(true).open(folder.path().join(name)).unwrap();
+            if is_written {
+                pipe.write_all(b"half a line").unwrap();
+            }
+            stop.store(true, Ordering::Relaxed);
+            let error = result().unwrap_err();
+            assert!(matches!(error, DataError::Interrupted), "{name}: {error}");
+        }
+        // Nobody ever opens the other end.
+        let stop = Arc::new(AtomicBool::new(true));
+        let error = read_of_pipe(&folder.path().join("never"), &stop)().unwrap_err();
+        assert!(matches!(error, DataError::Interrupted), "{error}");
+    }
+
+    #[test]
+    fn a_pipe_is_read_to_its_end_however_slowly_it_comes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f.txt");
+        let result = read_of_pipe(&path, &Arc::default());
+        let text = "äöü\n".repeat(300_000);
+        let mut pipe = File::options().write(true).open(&path).unwrap();
+        for part in text.as_bytes().chunks(7001) {
+            pipe.write_all(part).unwrap();
+            std::thread::yield_now();
+        }
+        drop(pipe);
+        let corpus = result().unwrap();
+        assert!(matches!(&corpus.tokens, Tokens::Bytes(bytes) if **bytes == *text.as_bytes()));
     }
 
     fn bytes_of(content: &[u8]) -> Result<Vec<u8>, DataError> {

@@ -18,6 +18,12 @@ pub enum DataError {
         /// The path as it was given.
         path: PathBuf,
     },
+    /// Something else than a regular file is where one is needed.
+    #[error("{path}: not a regular file", path = path.display())]
+    NotAFile {
+        /// What is there.
+        path: PathBuf,
+    },
     /// The system refused to open or read the file.
     #[error("{path}: cannot be read: {source}", path = path.display())]
     Unreadable {

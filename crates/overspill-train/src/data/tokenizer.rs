@@ -3,13 +3,13 @@
 //! The byte-level tokenizer needs no file to be read, and [`byte_level_files`] writes it down in the words of the
 //! `tokenizers` library, so that a model trained on bytes is loaded with its tokenizer by others.
 
-use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
 use super::DataError;
+use crate::regular;
 
 /// How text becomes token ids.
 #[derive(Debug)]
@@ -37,7 +37,8 @@ impl Tokenizer {
     /// `special_tokens_map.json` names, when one does.
     ///
     /// # Errors
-    /// [`DataError::TokenizerMissing`], [`DataError::TokenizerMalformed`], [`DataError::Unreadable`].
+    /// [`DataError::TokenizerMissing`], [`DataError::TokenizerMalformed`], [`DataError::NotAFile`],
+    /// [`DataError::Unreadable`].
     pub fn open(folder: &Path) -> Result<Self, DataError> {
         let path = folder.join("tokenizer.json");
         let Some(text) = read_if_there(&path)? else { return Err(DataError::TokenizerMissing { path }) };
@@ -161,11 +162,15 @@ fn end_of_text(folder: &Path) -> Result<Option<String>, DataError> {
 }
 
 fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, DataError> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(DataError::Unreadable { path: path.to_owned(), source }),
-    }
+    let unreadable = |source| DataError::Unreadable { path: path.to_owned(), source };
+    let file = match regular::open(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(unreadable)?,
+    };
+    let mut file = file.ok_or_else(|| DataError::NotAFile { path: path.to_owned() })?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(unreadable)?;
+    Ok(Some(bytes))
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use crate::error::{TrainError, check_stop};
 use crate::home::{floats, moments_name, weights_name};
 use crate::identity::{Identity, ModelOrigin};
 use crate::layout::ModelLayout;
+use crate::path;
 use crate::plan;
 use crate::reading;
 use crate::report;
@@ -54,12 +55,15 @@ pub enum Form {
 #[derive(Clone, Debug, Serialize)]
 pub struct Exported {
     /// The store's home.
+    #[serde(serialize_with = "path::lossy")]
     pub store: PathBuf,
     /// All its directories that were read, the home first.
+    #[serde(serialize_with = "path::lossy_each")]
     pub directories: Vec<PathBuf>,
     /// The snapshot, if it was one.
     pub snapshot: Option<String>,
     /// The folder that was made.
+    #[serde(serialize_with = "path::lossy")]
     pub out: PathBuf,
     /// `weights` or `state`.
     pub form: &'static str,

@@ -1,7 +1,8 @@
 //! Into a store: a whole state that was taken out, or the weights of a Hugging Face folder as the start of a run.
 //!
 //! The store is made where `train --swap-dir` makes its own, filled tile by tile, and committed when all is there. Until
-//! then there is nothing that could be resumed: a process that is killed leaves a directory without a committed state.
+//! then there is nothing that could be resumed: a process that is killed leaves a directory without a committed state, and
+//! so does a state whose numbers are not those that were exported.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ use crate::home::{Array, floats_mut, halves};
 use crate::identity::{Identity, ModelOrigin};
 use crate::layout::ModelLayout;
 use crate::options::StorageChoice;
+use crate::path;
 use crate::plan;
 use crate::report;
 use crate::storage::StorageNeed;
@@ -43,15 +45,20 @@ pub struct ImportOptions {
 #[derive(Clone, Debug, Serialize)]
 pub struct Imported {
     /// The folder that was read.
+    #[serde(serialize_with = "path::lossy")]
     pub from: PathBuf,
     /// `weights` or `state`.
     pub form: &'static str,
     /// The store's home.
+    #[serde(serialize_with = "path::lossy")]
     pub store: PathBuf,
     /// The step after which the state is.
     pub step: u64,
     /// Number of parameters; shared ones count once.
     pub parameters: u64,
+    /// Whether every number was compared with the checksum that was exported with it. A Hugging Face folder has none, and
+    /// neither has a state that was exported before there were any.
+    pub checked: bool,
     /// Bytes that the store takes; the run that goes on takes more, for gradients and saved inputs.
     pub storage_bytes: u64,
     /// Bytes written to the store.
@@ -91,7 +98,7 @@ pub fn import(
     if storage.directories.is_empty() {
         return Err(TrainError::ResumeWhere);
     }
-    let source = Source::open(&options.from)?;
+    let mut source = Source::open(&options.from)?;
     let layout = ModelLayout::new(source.config());
     let tile_bytes = source.tile_bytes(&layout);
     let kinds = [TileKind::Weights, TileKind::Moments];
@@ -144,6 +151,7 @@ pub fn import(
         form: source.form(),
         store: store.path().to_owned(),
         step: source.step(),
+        checked: source.is_checked(),
         parameters: layout.numel() as u64,
         storage_bytes: capacity,
         bytes_written: total,
@@ -199,7 +207,7 @@ impl Source {
         usable.unwrap_or_else(|| plan::tile_bytes_for_any(layout))
     }
 
-    fn read(&self, tile: Tile<'_>, values: &mut [f32]) -> Result<(), CheckpointError> {
+    fn read(&mut self, tile: Tile<'_>, values: &mut [f32]) -> Result<(), CheckpointError> {
         match (self, tile.kind) {
             (Self::Weights { checkpoint, .. }, TileKind::Weights) => {
                 checkpoint.read_part(tile.unit, tile.start, values)
@@ -231,6 +239,13 @@ impl Source {
         match self {
             Self::Weights { .. } => 0,
             Self::State { step, .. } => *step,
+        }
+    }
+
+    fn is_checked(&self) -> bool {
+        match self {
+            Self::Weights { .. } => false,
+            Self::State { folder, .. } => folder.has_checksums(),
         }
     }
 
