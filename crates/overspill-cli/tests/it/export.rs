@@ -112,7 +112,7 @@ fn damage_is_named_and_nothing_is_left() {
     data.set_len(4096).unwrap();
     place.run(&["export", "swap", "again"]).refused(&["cut short"]);
     fs::remove_file(place.path("swap/overspill-store/manifest")).unwrap();
-    place.run(&["export", "swap", "again"]).refused(&["overspill-store has no committed state"]);
+    place.run(&["export", "swap", "again"]).refused(&["overspill-store/manifest is gone", "--previous"]);
     place.run(&["export", "nowhere", "again"]).refused(&["nowhere"]);
     place.run(&["export", "swap", "model"]).refused(&["model: exists and is not an empty folder"]);
     let bf16 = ["export", "swap", "x", "--form", "state", "--dtype", "bf16"];
@@ -134,7 +134,7 @@ fn a_state_over_several_volumes_is_found_by_its_first_one() {
         exported(&place, &[dir, out, "--dtype", "fp32"]);
         assert!(weights(&place.path(out)) == weights(&place.path("model")), "{dir}");
     }
-    place.run(&["export", "two,one", "d"]).refused(&["no committed state"]);
+    place.run(&["export", "two,one", "d"]).refused(&["is the directory number 2 of its store"]);
     fs::rename(place.path("two"), place.path("three")).unwrap();
     place.run(&["export", "one", "d"]).refused(&["give all directories"]);
     exported(&place, &["one,three", "d", "--dtype", "fp32"]);
