@@ -117,21 +117,38 @@ pub(crate) struct TrainArguments {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
     pub(crate) accumulate: usize,
 
-    /// Highest learning rate [default: 0.002 for a fresh model, 0.00001 for one of --model]
+    /// Highest learning rate [default: 0.002 for a fresh model, 0.00001 for one of --model; a tenth of it with lion, 5 times
+    /// with adagrad, 50 times with sgd]
     #[arg(long, value_name = "RATE", value_parser = non_negative)]
     pub(crate) lr: Option<f64>,
 
-    /// Decoupled weight decay of the matrices
-    #[arg(long, value_name = "RATE", default_value_t = 0.1, value_parser = non_negative)]
-    pub(crate) weight_decay: f64,
+    /// Weight decay of the matrices: beside the gradient (adamw, lion) or in it [default: 0.1 beside it, 0 in it]
+    #[arg(long, value_name = "RATE", value_parser = non_negative)]
+    pub(crate) weight_decay: Option<f64>,
 
-    /// AdamW's decay of the first moment
-    #[arg(long, value_name = "RATE", default_value_t = 0.9, value_parser = below_one)]
+    /// The rule of the update
+    #[arg(long, value_enum, value_name = "NAME", default_value = "adamw", help_heading = "Optimizer")]
+    pub(crate) optimizer: OptimizerChoice,
+
+    /// How weights are stored; the model computes with them, widened
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "f32", help_heading = "Optimizer")]
+    pub(crate) weights: WeightsChoice,
+
+    /// How the optimizer's moments are stored
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "f32", help_heading = "Optimizer")]
+    pub(crate) moments: MomentsChoice,
+
+    /// Decay of the first moment of adamw and adam; what lion's update takes of it
+    #[arg(long, value_name = "RATE", default_value_t = 0.9, value_parser = below_one, help_heading = "Optimizer")]
     pub(crate) beta1: f64,
 
-    /// AdamW's decay of the second moment
-    #[arg(long, value_name = "RATE", default_value_t = 0.95, value_parser = below_one)]
-    pub(crate) beta2: f64,
+    /// Decay of the second moment of adamw and adam, of the only one of lion [default: 0.95; 0.99 of lion]
+    #[arg(long, value_name = "RATE", value_parser = below_one, help_heading = "Optimizer")]
+    pub(crate) beta2: Option<f64>,
+
+    /// What sgd keeps of its running sum of gradients; at 0 it has none, and stores nothing beside the weights
+    #[arg(long, value_name = "RATE", default_value_t = 0.0, value_parser = below_one, help_heading = "Optimizer")]
+    pub(crate) momentum: f64,
 
     /// Largest norm of the gradient; 0 never clips
     #[arg(long, value_name = "NORM", default_value_t = 1.0, value_parser = non_negative)]
@@ -215,6 +232,45 @@ pub(crate) enum DurabilityChoice {
     Step,
     /// Everything
     None,
+}
+
+/// The rule of the update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum OptimizerChoice {
+    /// Adam with decoupled weight decay: two moments
+    #[value(name = "adamw")]
+    AdamW,
+    /// Adam with the weight decay in the gradient: two moments
+    Adam,
+    /// Stochastic gradient descent: one moment with --momentum, none without
+    Sgd,
+    /// The root of the sum of all squared gradients: one moment
+    Adagrad,
+    /// The sign of the interpolated momentum: one moment
+    Lion,
+}
+
+/// How weights are stored.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum WeightsChoice {
+    /// Single precision: 4 bytes
+    F32,
+    /// bf16 for the model, and what it lacks of the exact weight for the optimizer: 2 bytes and 2
+    Bf16,
+    /// bf16 alone, rounded at random: 2 bytes
+    Bf16Stochastic,
+}
+
+/// How moments are stored.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum MomentsChoice {
+    /// Single precision: 4 bytes each
+    F32,
+    /// bf16, rounded at random: 2 bytes each
+    Bf16,
+    /// 8 bits, rounded at random, with a scale for 256 of them: 1 byte each
+    #[value(name = "8bit")]
+    Blocks8,
 }
 
 #[derive(Debug, Args)]

@@ -2,10 +2,11 @@
 
 use std::io::IsTerminal;
 
-use overspill_optim::AdamWConfig;
+use overspill_optim::{AdagradConfig, AdamWConfig, LionConfig, MomentFormat, SgdConfig, WeightFormat};
 use overspill_swap::Durability;
 use overspill_train::ByteSize;
 use overspill_train::model::BatchShape;
+use overspill_train::optimizer::Optimizer;
 use overspill_train::options::{FreshShape, ModelChoice, Residence, RunOptions, StorageChoice};
 use overspill_train::plan::StepShape;
 use overspill_train::report::Summary;
@@ -13,13 +14,16 @@ use overspill_train::run;
 use overspill_train::schedule::Schedule;
 use overspill_train::wear::{Decimal, Endurance, lifetime};
 
-use crate::args::{DurabilityChoice, TrainArguments};
+use crate::args::{DurabilityChoice, MomentsChoice, OptimizerChoice, TrainArguments, WeightsChoice};
 use crate::interrupt;
 use crate::output::{self, JsonFile};
 use crate::progress::Progress;
 use crate::table::{Table, thousands};
 
 pub(crate) fn run(arguments: &TrainArguments, baseline_rss_bytes: u64) -> anyhow::Result<()> {
+    if arguments.momentum > 0.0 && arguments.optimizer != OptimizerChoice::Sgd {
+        anyhow::bail!("--momentum is for --optimizer sgd only");
+    }
     let stop = interrupt::stop_flag()?;
     let json = arguments.json.as_deref().map(JsonFile::prepare).transpose()?;
     let options = options(arguments, baseline_rss_bytes);
@@ -65,6 +69,7 @@ fn options(arguments: &TrainArguments, baseline_rss_bytes: u64) -> RunOptions {
         }),
     };
     let learning_rate = if a.model.is_some() { LEARNING_RATE_TUNING } else { LEARNING_RATE_FRESH };
+    let learning_rate = learning_rate * learning_rate_scale(a.optimizer);
     let warmup = a.warmup.unwrap_or((a.steps / 10).min(WARMUP_MAX));
     RunOptions {
         model,
@@ -74,14 +79,57 @@ fn options(arguments: &TrainArguments, baseline_rss_bytes: u64) -> RunOptions {
         memory: usize::try_from(a.memory.0).unwrap_or(usize::MAX),
         shape: StepShape { batch: BatchShape { batch: a.batch, seq: a.seq }, accumulate: a.accumulate },
         schedule: Schedule { peak: a.lr.unwrap_or(learning_rate), warmup, steps: a.steps },
-        weight_decay: a.weight_decay,
+        weight_decay: a.weight_decay.unwrap_or(match a.optimizer {
+            OptimizerChoice::AdamW | OptimizerChoice::Lion => WEIGHT_DECAY_DECOUPLED,
+            OptimizerChoice::Adam | OptimizerChoice::Sgd | OptimizerChoice::Adagrad => 0.0,
+        }),
         clip: (a.clip > 0.0).then_some(a.clip),
-        adamw: AdamWConfig { beta1: a.beta1, beta2: a.beta2, ..AdamWConfig::default() },
+        optimizer: optimizer(a),
+        weights: match a.weights {
+            WeightsChoice::F32 => WeightFormat::F32,
+            WeightsChoice::Bf16 => WeightFormat::Bf16WithRemainder,
+            WeightsChoice::Bf16Stochastic => WeightFormat::Bf16Stochastic,
+        },
+        moments: match a.moments {
+            MomentsChoice::F32 => MomentFormat::F32,
+            MomentsChoice::Bf16 => MomentFormat::Bf16,
+            MomentsChoice::Blocks8 => MomentFormat::Blocks8,
+        },
         seed: a.seed,
         endurance: a.endurance,
         baseline_rss_bytes,
     }
 }
+
+fn optimizer(arguments: &TrainArguments) -> Optimizer {
+    let a = arguments;
+    let adam = AdamWConfig { beta1: a.beta1, ..AdamWConfig::default() };
+    let adam = AdamWConfig { beta2: a.beta2.unwrap_or(adam.beta2), ..adam };
+    match a.optimizer {
+        OptimizerChoice::AdamW => Optimizer::AdamW(adam),
+        OptimizerChoice::Adam => Optimizer::Adam(adam),
+        OptimizerChoice::Sgd => Optimizer::Sgd(SgdConfig { momentum: a.momentum, ..SgdConfig::default() }),
+        OptimizerChoice::Adagrad => Optimizer::Adagrad(AdagradConfig::default()),
+        OptimizerChoice::Lion => {
+            let beta2 = a.beta2.unwrap_or(LionConfig::default().beta2);
+            Optimizer::Lion(LionConfig { beta1: a.beta1, beta2 })
+        }
+    }
+}
+
+/// How much farther than Adam the optimizer goes with one learning rate, the other way round: lion's updates are as long as
+/// Adam's longest, adagrad's shrink with every step, and sgd's are as short as the gradient.
+fn learning_rate_scale(optimizer: OptimizerChoice) -> f64 {
+    match optimizer {
+        OptimizerChoice::AdamW | OptimizerChoice::Adam => 1.0,
+        OptimizerChoice::Lion => 0.1,
+        OptimizerChoice::Adagrad => 5.0,
+        OptimizerChoice::Sgd => 50.0,
+    }
+}
+
+/// Decay of the matrices when the user does not say and the gradient has no part in it.
+const WEIGHT_DECAY_DECOUPLED: f64 = 0.1;
 
 /// Highest learning rates when the user does not say: a fresh model has everything to learn, a trained one to lose.
 const LEARNING_RATE_FRESH: f64 = 2e-3;
@@ -96,6 +144,7 @@ fn table(summary: &Summary) -> Table {
     let per_parameter_step = |bytes: u64| bytes as f64 / (s.parameters as f64 * s.steps.max(1) as f64);
     let mut table = Table::default();
     table.line("parameters", thousands(s.parameters));
+    table.line("optimizer", format!("{}, weights {}, moments {}", s.optimizer, s.weights, s.moments));
     table.line("training state", size(s.state_bytes));
     if let (Some(budget), Some(planned)) = (s.memory_budget_bytes, s.memory_planned_bytes) {
         table.line("memory budget", format!("{} ({} planned)", size(budget), size(planned)));

@@ -8,10 +8,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use overspill_optim::Recipe;
 use serde_json::{Map, Value, json};
 
 use crate::config::ModelConfig;
 use crate::error::TrainError;
+use crate::optimizer::{Names, recipe_named};
 
 /// What a run's numbers depend on, by name, each in words that are equal when the values are; and what its model is, so
 /// that the state can be taken out without the run's arguments.
@@ -33,6 +35,7 @@ pub struct ModelOrigin {
 /// What a state was committed with, by its name in the JSON.
 const STEP: &str = "step";
 const TILE_BYTES: &str = "tile_bytes";
+const RECIPE: &str = "recipe";
 const RUN: &str = "run";
 const CONFIG: &str = "config";
 const TOKENIZER: &str = "tokenizer";
@@ -51,9 +54,10 @@ impl Identity {
         Self { model: Some(model), ..self }
     }
 
-    /// What is committed with the state after `step`, which is cut into tiles of `tile_bytes`.
-    pub(crate) fn meta(&self, step: u64, tile_bytes: usize) -> Value {
-        let mut meta = json!({ STEP: step, TILE_BYTES: tile_bytes, RUN: self.run });
+    /// What is committed with the state after `step`, which is cut into tiles of `tile_bytes` and stored by `recipe`.
+    pub(crate) fn meta(&self, step: u64, tile_bytes: usize, recipe: &Recipe) -> Value {
+        let recipe = Names::of(recipe).to_json();
+        let mut meta = json!({ STEP: step, TILE_BYTES: tile_bytes, RECIPE: recipe, RUN: self.run });
         if let Some(model) = &self.model {
             model.add_to(&mut meta);
         }
@@ -63,6 +67,11 @@ impl Identity {
     /// The tiles of the state that was committed with `meta`; `None` if it does not say.
     pub(crate) fn tile_bytes(meta: &Value) -> Option<usize> {
         usize::try_from(meta[TILE_BYTES].as_u64()?).ok()
+    }
+
+    /// The recipe of the state that was committed with `meta`; `None` if it is not known here.
+    pub(crate) fn recipe(meta: &Value) -> Option<Recipe> {
+        recipe_named(meta.get(RECIPE))
     }
 
     /// The same, of a state that is cut into other tiles.
@@ -77,21 +86,34 @@ impl Identity {
     }
 
     /// The step after which the state is that was committed with `meta`. Weights that no run has touched are those of
-    /// every run of a model of their shape.
+    /// every run of a model of their shape that stores them by the same `recipe`.
     ///
     /// # Errors
     /// [`TrainError::OtherRun`] when it is another run's, naming the first difference; [`TrainError::OtherModel`].
-    pub(crate) fn check(&self, path: &Path, meta: &Value) -> Result<u64, TrainError> {
+    pub(crate) fn check(&self, path: &Path, meta: &Value, recipe: &Recipe) -> Result<u64, TrainError> {
         let other = |what: &str, then: String, now: String| {
             let (path, what) = (path.to_owned(), what.to_owned());
             Err(TrainError::OtherRun { path, what, then, now })
         };
+        let check_recipe = || {
+            let Some(then) = Self::recipe(meta) else {
+                let then = meta[RECIPE].to_string();
+                return other("the optimizer and its formats", then, format!("{:?}", Names::of(recipe)));
+            };
+            let pairs = Names::of(&then).options().into_iter().zip(Names::of(recipe).options());
+            match pairs.into_iter().find(|(then, now)| then != now) {
+                Some(((option, then), (_, now))) => other(option, then.to_owned(), now.to_owned()),
+                None => Ok(0),
+            }
+        };
         if let (Some(0), Some(Value::Null), Some(model)) = (Self::step(meta), meta.get(RUN), &self.model) {
+            check_recipe()?;
             return self.check_weights(path, meta, model);
         }
         let (Some(step), Some(run)) = (Self::step(meta), meta[RUN].as_object()) else {
             return other("contents", "not a training state".to_owned(), "one".to_owned());
         };
+        check_recipe()?;
         for (&name, now) in &self.run {
             let then = run.get(name).and_then(Value::as_str).unwrap_or("not known");
             if then != now {
@@ -120,8 +142,9 @@ impl Identity {
 
 impl ModelOrigin {
     /// What is committed with weights that no run has touched.
-    pub(crate) fn untouched(&self, tile_bytes: usize) -> Value {
-        let mut meta = json!({ STEP: 0, TILE_BYTES: tile_bytes, RUN: null });
+    pub(crate) fn untouched(&self, tile_bytes: usize, recipe: &Recipe) -> Value {
+        let recipe = Names::of(recipe).to_json();
+        let mut meta = json!({ STEP: 0, TILE_BYTES: tile_bytes, RECIPE: recipe, RUN: null });
         self.add_to(&mut meta);
         meta
     }
@@ -154,25 +177,38 @@ impl ModelOrigin {
 
 #[cfg(test)]
 mod tests {
+    use overspill_optim::{MomentFormat, SgdConfig, WeightFormat};
+
     use super::*;
+    use crate::optimizer::{Optimizer, single_precision_adamw};
 
     #[test]
     fn the_same_run_finds_its_step_and_another_one_what_is_different() {
         let identity = Identity::default().with("--seed", &7).with("--lr", &0.1);
-        let meta: Value = serde_json::from_str(&identity.meta(41, 4096).to_string()).unwrap();
+        let meta: Value =
+            serde_json::from_str(&identity.meta(41, 4096, &single_precision_adamw()).to_string()).unwrap();
         let path = Path::new("store");
-        assert_eq!(identity.check(path, &meta).unwrap(), 41);
+        assert_eq!(identity.check(path, &meta, &single_precision_adamw()).unwrap(), 41);
         assert_eq!((Identity::tile_bytes(&meta), Identity::tile_bytes(&json!(3))), (Some(4096), None));
-        assert!(matches!(Identity::default().check(path, &meta), Err(TrainError::OtherRun { .. })));
+        assert!(matches!(
+            Identity::default().check(path, &meta, &single_precision_adamw()),
+            Err(TrainError::OtherRun { .. })
+        ));
         let other = identity.clone().with("--seed", &8);
-        let refused = other.check(path, &meta).unwrap_err();
+        let refused = other.check(path, &meta, &single_precision_adamw()).unwrap_err();
         assert_eq!(refused.to_string(), "store is the state of another run: --seed was 7, and is 8 now");
         let more = identity.clone().with("--clip", &1);
         assert!(
-            matches!(more.check(path, &meta), Err(TrainError::OtherRun { what, .. }) if what == "--clip")
+            matches!(more.check(path, &meta, &single_precision_adamw()), Err(TrainError::OtherRun { what, .. }) if what == "--clip")
         );
         for odd in [json!(null), json!({ "step": 1 }), json!({ "step": -1, "run": {} }), json!([1])] {
-            assert!(matches!(identity.check(path, &odd), Err(TrainError::OtherRun { .. })), "{odd}");
+            assert!(
+                matches!(
+                    identity.check(path, &odd, &single_precision_adamw()),
+                    Err(TrainError::OtherRun { .. })
+                ),
+                "{odd}"
+            );
         }
     }
 
@@ -186,20 +222,62 @@ mod tests {
     #[test]
     fn untouched_weights_are_the_start_of_any_run_of_their_shape() {
         let path = Path::new("store");
-        let meta = origin(8, 0.02).untouched(4096);
+        let meta = origin(8, 0.02).untouched(4096, &single_precision_adamw());
         assert_eq!(ModelOrigin::of(path, &meta).unwrap(), origin(8, 0.02));
         for seed in [1, 2] {
             let run = Identity::default().with("--seed", &seed).of_model(origin(8, 0.5));
-            assert_eq!(run.check(path, &meta).unwrap(), 0);
+            assert_eq!(run.check(path, &meta, &single_precision_adamw()).unwrap(), 0);
         }
-        let other = Identity::default().of_model(origin(16, 0.02)).check(path, &meta);
+        let other =
+            Identity::default().of_model(origin(16, 0.02)).check(path, &meta, &single_precision_adamw());
         assert!(matches!(other, Err(TrainError::OtherModel { .. })), "{other:?}");
         // A state of a later step is somebody's.
         let mut later = meta;
         later[STEP] = 1.into();
         let run = Identity::default().of_model(origin(8, 0.02));
-        assert!(matches!(run.check(path, &later), Err(TrainError::OtherRun { .. })));
-        let old = Identity::default().with("--seed", &1).meta(3, 4096);
+        assert!(matches!(
+            run.check(path, &later, &single_precision_adamw()),
+            Err(TrainError::OtherRun { .. })
+        ));
+        let old = Identity::default().with("--seed", &1).meta(3, 4096, &single_precision_adamw());
         assert!(matches!(ModelOrigin::of(path, &old), Err(TrainError::NoOrigin { .. })));
+    }
+
+    #[test]
+    fn a_state_of_another_recipe_is_refused_by_the_option_and_one_that_says_none_is_the_oldest() {
+        let path = Path::new("store");
+        let of = |optimizer: Optimizer, weights, moments| optimizer.recipe(weights, moments);
+        let (adamw, oldest) = (Optimizer::default(), single_precision_adamw());
+        let sgd = |momentum| Optimizer::Sgd(SgdConfig { momentum, ..SgdConfig::default() });
+        let others = [
+            (
+                of(sgd(0.9), WeightFormat::F32, MomentFormat::F32),
+                "--optimizer was adamw, and is sgd with momentum now",
+            ),
+            (
+                of(adamw, WeightFormat::Bf16Stochastic, MomentFormat::F32),
+                "--weights was f32, and is bf16-stochastic now",
+            ),
+            (of(adamw, WeightFormat::F32, MomentFormat::Blocks8), "--moments was f32, and is 8bit now"),
+        ];
+        let identity = Identity::default().of_model(origin(8, 0.02));
+        let mut meta = identity.meta(3, 4096, &oldest);
+        let mut untouched = origin(8, 0.02).untouched(4096, &oldest);
+        for _ in 0..2 {
+            assert_eq!(identity.check(path, &meta, &oldest).unwrap(), 3);
+            assert_eq!(identity.check(path, &untouched, &oldest).unwrap(), 0);
+            for (recipe, expected) in &others {
+                for meta in [&meta, &untouched] {
+                    let refused = identity.check(path, meta, recipe).unwrap_err().to_string();
+                    assert_eq!(refused, format!("store is the state of another run: {expected}"));
+                }
+            }
+            for meta in [&mut meta, &mut untouched] {
+                meta.as_object_mut().unwrap().remove(RECIPE);
+            }
+        }
+        meta[RECIPE] = json!({ "optimizer": "adamw", "weights": "f4", "moments": "f32" });
+        let refused = identity.check(path, &meta, &oldest);
+        assert!(matches!(refused, Err(TrainError::OtherRun { .. })), "{refused:?}");
     }
 }

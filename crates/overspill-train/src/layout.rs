@@ -2,12 +2,20 @@
 //!
 //! A *unit* is what is loaded, used and released together: the embedding, each decoder layer, the head. Inside a
 //! unit the parameters follow each other at aligned offsets, and the unit ends padded to whole disk blocks; the
-//! padding is zero, gets no gradient, and so stays zero. Weights, gradients and both moments of a unit share this
-//! one layout, so an element has the same index in all of them.
+//! padding is zero, gets no gradient, and so stays zero. Weights, gradients and moments of a unit share this one
+//! layout, so an element has the same index in all of them.
+//!
+//! The optimizer's [`Recipe`] decides how many bytes an element has where, and through them what is aligned: weights of
+//! two bytes need twice the elements to fill a disk block, and moments that share a scale need parameters that begin
+//! with a block of their own.
 
 use std::ops::Range;
 
+use overspill_io::BLOCK_ALIGNMENT;
+use overspill_optim::Recipe;
+
 use crate::config::ModelConfig;
+use crate::optimizer::single_precision_adamw;
 
 /// A part of the model that is in memory as a whole or not at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -33,6 +41,8 @@ impl std::fmt::Display for Unit {
 /// One parameter inside its unit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parameter {
+    /// Its place among all parameters of the model.
+    pub number: u64,
     /// Its name in a Hugging Face checkpoint.
     pub name: String,
     /// Its shape, outermost dimension first; matrices are `[out, in]`.
@@ -68,28 +78,28 @@ pub struct UnitLayout {
     pub unit: Unit,
     /// Its parameters, by offset.
     pub parameters: Vec<Parameter>,
-    /// Its length with padding, in elements: a multiple of [`UNIT_ALIGNMENT`].
+    /// Its length with padding, in elements: whole disk blocks of weights.
     pub padded: usize,
 }
 
-/// Units are padded to a multiple of this many elements: one disk block of `f32`.
-pub const UNIT_ALIGNMENT: usize = overspill_io::BLOCK_ALIGNMENT / size_of::<f32>();
-
-/// Parameters start at a multiple of this many elements: one cache line.
+/// Parameters start at a multiple of this many elements at least: one cache line.
 const PARAMETER_ALIGNMENT: usize = 16;
 
 impl UnitLayout {
-    fn new(unit: Unit, parameters: Vec<(String, Vec<usize>, Role)>) -> Self {
+    /// Lays out `parameters`, the first of which is number `first` of the model.
+    fn new(unit: Unit, first: u64, parameters: Vec<(String, Vec<usize>, Role)>, recipe: &Recipe) -> Self {
+        let alignment = recipe.cut_elements().max(PARAMETER_ALIGNMENT);
         let mut next = 0;
-        let parameters = parameters
-            .into_iter()
-            .map(|(name, shape, role)| {
+        let parameters = (first..)
+            .zip(parameters)
+            .map(|(number, (name, shape, role))| {
                 let range = next..next + shape.iter().product::<usize>();
-                next = range.end.next_multiple_of(PARAMETER_ALIGNMENT);
-                Parameter { name, shape, range, role }
+                next = range.end.next_multiple_of(alignment);
+                Parameter { number, name, shape, range, role }
             })
             .collect();
-        Self { unit, parameters, padded: next.next_multiple_of(UNIT_ALIGNMENT) }
+        let block_elements = BLOCK_ALIGNMENT / recipe.weights().weight_bytes();
+        Self { unit, parameters, padded: next.next_multiple_of(block_elements) }
     }
 
     /// Number of parameters (elements), padding not counted.
@@ -97,7 +107,7 @@ impl UnitLayout {
         self.parameters.iter().map(|p| p.range.len()).sum()
     }
 
-    /// Length of one array of this layout, in bytes.
+    /// Length of one array of `f32` of this layout, in bytes.
     pub fn padded_bytes(&self) -> usize {
         self.padded * size_of::<f32>()
     }
@@ -118,23 +128,78 @@ impl UnitLayout {
 /// The layout of a whole model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelLayout {
+    recipe: Recipe,
     units: Vec<UnitLayout>,
 }
 
 impl ModelLayout {
-    /// Lays out a model: embedding, layers, head.
+    /// Lays out a model whose state is that of AdamW in single precision.
     pub fn new(config: &ModelConfig) -> Self {
+        Self::of(config, single_precision_adamw())
+    }
+
+    /// Lays out a model for the state of a recipe: embedding, layers, head.
+    pub fn of(config: &ModelConfig, recipe: Recipe) -> Self {
         let embedding =
             vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab, config.hidden], Role::Matrix)];
         let mut head = vec![("model.norm.weight".to_owned(), vec![config.hidden], Role::Gain)];
         if !config.tied {
             head.push(("lm_head.weight".to_owned(), vec![config.vocab, config.hidden], Role::Matrix));
         }
-        let mut units = vec![UnitLayout::new(Unit::Embedding, embedding)];
-        units
-            .extend((0..config.layers).map(|l| UnitLayout::new(Unit::Layer(l), layer_parameters(config, l))));
-        units.push(UnitLayout::new(Unit::Head, head));
-        Self { units }
+        let layers = (0..config.layers).map(|l| (Unit::Layer(l), layer_parameters(config, l)));
+        let all = std::iter::once((Unit::Embedding, embedding)).chain(layers).chain([(Unit::Head, head)]);
+        let mut first = 0;
+        let units = all.map(|(unit, parameters)| {
+            let count = parameters.len() as u64;
+            let layout = UnitLayout::new(unit, first, parameters, &recipe);
+            first += count;
+            layout
+        });
+        Self { recipe, units: units.collect() }
+    }
+
+    /// How the state is updated and stored.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// Length of the weights of a unit as they are stored, in bytes.
+    pub fn weights_bytes(&self, unit: &UnitLayout) -> usize {
+        unit.padded * self.weight_bytes()
+    }
+
+    /// Length of a stored weight, in bytes.
+    pub fn weight_bytes(&self) -> usize {
+        self.recipe.weights().weight_bytes()
+    }
+
+    /// Whether the model computes with stored weights as they are; others are widened for it.
+    pub fn lends_weights(&self) -> bool {
+        self.weight_bytes() == size_of::<f32>()
+    }
+
+    /// Length of the record of a tile of so many elements, in whole disk blocks, in bytes; 0 when there is nothing to
+    /// record.
+    ///
+    /// # Panics
+    /// When a tile is longer than memory could be.
+    pub fn record_bytes(&self, tile_elements: usize) -> usize {
+        let bytes = self.recipe.record_bytes(tile_elements).expect("a tile fits in memory");
+        bytes.next_multiple_of(BLOCK_ALIGNMENT)
+    }
+
+    /// Length of the records of all tiles of a unit, in bytes.
+    pub fn records_bytes(&self, unit: &UnitLayout, tile_elements: usize) -> usize {
+        let whole = unit.padded / tile_elements * self.record_bytes(tile_elements);
+        whole + self.record_bytes(unit.padded % tile_elements)
+    }
+
+    /// Length of everything that is kept of the model between steps, and of its gradients, in bytes.
+    pub fn state_bytes(&self, tile_elements: usize) -> usize {
+        let bytes = |unit: &UnitLayout| {
+            self.weights_bytes(unit) + self.records_bytes(unit, tile_elements) + unit.padded_bytes()
+        };
+        self.units.iter().map(bytes).sum()
     }
 
     /// All units in forward order.
@@ -161,12 +226,12 @@ impl ModelLayout {
         self.units.iter().map(UnitLayout::numel).sum()
     }
 
-    /// Length of one array over all units with padding, in bytes.
+    /// Length of one array of `f32` over all units with padding, in bytes.
     pub fn padded_bytes(&self) -> usize {
         self.units.iter().map(UnitLayout::padded_bytes).sum()
     }
 
-    /// Length of the longest unit, in bytes.
+    /// Length of the longest unit as `f32`, in bytes.
     pub fn largest_unit_bytes(&self) -> usize {
         self.units.iter().map(UnitLayout::padded_bytes).max().unwrap_or(0)
     }
@@ -187,4 +252,43 @@ fn layer_parameters(config: &ModelConfig, layer: usize) -> Vec<(String, Vec<usiz
         (name("mlp.up_proj"), vec![ffn, hidden], Role::Matrix),
         (name("mlp.down_proj"), vec![hidden, ffn], Role::Output),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use overspill_optim::{MomentFormat, WeightFormat};
+
+    use super::*;
+    use crate::optimizer::Optimizer;
+
+    #[test]
+    fn whatever_the_recipe_tiles_are_disk_blocks_and_blocks_of_moments_have_one_parameter() {
+        let text = r#"{"vocab_size": 300, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 40}"#;
+        let config = ModelConfig::from_json(text, Path::new("config.json")).unwrap();
+        let recipes = [
+            (WeightFormat::F32, MomentFormat::F32, 16),
+            (WeightFormat::F32, MomentFormat::Blocks8, 256),
+            (WeightFormat::Bf16WithRemainder, MomentFormat::Bf16, 16),
+            (WeightFormat::Bf16Stochastic, MomentFormat::Blocks8, 256),
+        ];
+        for (weights, moments, alignment) in recipes {
+            let layout = ModelLayout::of(&config, Optimizer::default().recipe(weights, moments));
+            let mut number = 0;
+            for unit in layout.units() {
+                assert!(layout.weights_bytes(unit).is_multiple_of(BLOCK_ALIGNMENT));
+                assert!(layout.record_bytes(unit.padded).is_multiple_of(BLOCK_ALIGNMENT));
+                let mut end = 0;
+                for parameter in &unit.parameters {
+                    assert_eq!(parameter.range.start, usize::next_multiple_of(end, alignment));
+                    assert_eq!(parameter.number, number);
+                    (end, number) = (parameter.range.end, number + 1);
+                }
+                assert!(end <= unit.padded);
+            }
+        }
+        assert_eq!(ModelLayout::new(&config).recipe(), &single_precision_adamw());
+    }
 }

@@ -40,6 +40,7 @@ pub mod identity;
 mod init;
 pub mod layout;
 pub mod model;
+pub mod optimizer;
 pub mod options;
 pub mod path;
 pub mod plan;

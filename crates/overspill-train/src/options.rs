@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use overspill_io::BackendChoice;
-use overspill_optim::AdamWConfig;
+use overspill_optim::{MomentFormat, WeightFormat};
 use overspill_swap::Durability;
 
 use crate::config::{ConfigError, ModelConfig, Rope};
 use crate::data::Tokenizer;
+use crate::optimizer::Optimizer;
 use crate::plan::StepShape;
 use crate::schedule::Schedule;
 use crate::wear::Endurance;
@@ -86,13 +87,17 @@ pub struct RunOptions {
     pub shape: StepShape,
     /// Learning rate by step; its `steps` are the run's.
     pub schedule: Schedule,
-    /// Decoupled weight decay of matrices.
+    /// Weight decay of matrices.
     pub weight_decay: f64,
     /// Largest norm of the gradient.
     pub clip: Option<f64>,
-    /// AdamW's constants.
-    pub adamw: AdamWConfig,
-    /// Seed of first weights and data order.
+    /// The rule of the update and its constants.
+    pub optimizer: Optimizer,
+    /// How weights are stored, and what the model computes with.
+    pub weights: WeightFormat,
+    /// How the optimizer's moments are stored.
+    pub moments: MomentFormat,
+    /// Seed of first weights, of data order, and of what is rounded at random.
     pub seed: u64,
     /// What each drive is rated to be written, if the user knows.
     pub endurance: Option<Endurance>,

@@ -15,7 +15,13 @@ use crate::wear::Rated;
 pub struct Summary {
     /// Number of parameters; shared ones count once.
     pub parameters: u64,
-    /// Weights, gradients and both moments, as they lie on storage.
+    /// The rule of the update: `adamw`.
+    pub optimizer: &'static str,
+    /// How weights are stored: `f32`, `bf16` (with exact masters) or `bf16-stochastic`.
+    pub weights: &'static str,
+    /// How moments are stored: `f32`, `bf16` or `8bit`.
+    pub moments: &'static str,
+    /// Weights, gradients and the optimizer's records, as they lie on storage.
     pub state_bytes: u64,
     /// What `--memory` allowed; `null` for a run in ordinary memory.
     pub memory_budget_bytes: Option<u64>,

@@ -19,6 +19,7 @@ use self::prepared::Prepared;
 use crate::checkpoint::CheckpointWriter;
 use crate::error::{TrainError, check_stop};
 use crate::home::{Home, IoReport, Left, MemoryHome, Site, SwappedHome};
+use crate::optimizer::Names;
 use crate::options::{Residence, RunOptions, StorageChoice};
 use crate::report::{Ledger, Measured, Summary, VolumeSummary};
 use crate::storage::StorageNeed;
@@ -49,7 +50,7 @@ pub trait Observer {
 pub struct RunFacts<'a> {
     /// Number of parameters.
     pub parameters: usize,
-    /// Bytes of weights, gradients and moments.
+    /// Bytes of weights, gradients and the optimizer's records.
     pub state_bytes: u64,
     /// Memory budget, in bytes; `None` when there is none.
     pub memory_budget_bytes: Option<u64>,
@@ -159,7 +160,7 @@ impl Prepared {
             }
         };
         if let Some(meta) = volumes.committed() {
-            check_finished(volumes.home(), identity.check(volumes.home(), meta)?)?;
+            check_finished(volumes.home(), identity.check(volumes.home(), meta, self.layout.recipe())?)?;
         }
         let pool = Pool::new(&self.plan.classes())?;
         let committed = volumes.committed().cloned();
@@ -223,7 +224,8 @@ impl Prepared {
             schedule: options.schedule,
             weight_decay: options.weight_decay,
             clip: options.clip,
-            adamw: options.adamw,
+            optimizer: options.optimizer,
+            seed: options.seed,
             isa: Isa::detect(),
             commit: course.commit,
         };
@@ -257,11 +259,13 @@ impl Prepared {
             let units = self.layout.units().len();
             let written = out.map(|mut out| {
                 let mut done = 0;
-                trainer.weights(|unit, weights| {
+                trainer.masters(|unit, start, weights| {
                     check_stop(stop)?;
-                    out.write_unit(unit, weights)?;
-                    done += 1;
-                    observer.exported(done, units);
+                    out.write_part(unit, start, weights)?;
+                    if start + weights.len() == unit.padded {
+                        done += 1;
+                        observer.exported(done, units);
+                    }
                     Ok(())
                 })?;
                 Ok::<_, TrainError>(out)
@@ -279,8 +283,12 @@ impl Prepared {
         let written = written.and_then(|out| Ok(out.map(CheckpointWriter::finish).transpose()?));
         finished?;
         written?;
+        let names = Names::of(self.layout.recipe());
         let mut summary = Summary {
             parameters: self.layout.numel() as u64,
+            optimizer: names.optimizer,
+            weights: names.weights,
+            moments: names.moments,
             state_bytes,
             memory_budget_bytes: budget(options),
             memory_planned_bytes: budget(options).map(|_| self.plan.total_bytes() as u64),

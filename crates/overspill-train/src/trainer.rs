@@ -18,13 +18,14 @@ use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use overspill_optim::{AdamWConfig, Isa, add_assign, sum_of_squares};
+use overspill_optim::{Isa, add_assign, sum_of_squares};
 
 use crate::config::ModelConfig;
 use crate::error::{TrainError, check_stop};
-use crate::home::{Buffer, GradientStart, Home, SavedInput, Update, Visit};
+use crate::home::{Buffer, GradientStart, Home, SavedInput, Update, Visit, has_masters};
 use crate::layout::{ModelLayout, Unit, UnitLayout};
 use crate::model::{Activations, Model, Weights};
+use crate::optimizer::Optimizer;
 use crate::plan::StepShape;
 use crate::schedule::Schedule;
 
@@ -42,12 +43,14 @@ pub struct Settings {
     pub shape: StepShape,
     /// Learning rate by step.
     pub schedule: Schedule,
-    /// Decoupled weight decay of matrices; gains of norms do not decay.
+    /// Weight decay of matrices; gains of norms do not decay.
     pub weight_decay: f64,
     /// Largest norm of the gradient; a longer one is scaled down to it. `None` leaves gradients as they are.
     pub clip: Option<f64>,
-    /// AdamW's constants.
-    pub adamw: AdamWConfig,
+    /// The optimizer of the layout's recipe.
+    pub optimizer: Optimizer,
+    /// Seed of what is rounded at random.
+    pub seed: u64,
     /// Instructions to compute the update with.
     pub isa: Isa,
     /// When the state is made what a later run finds.
@@ -160,11 +163,12 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
         let learning_rate = self.settings.schedule.learning_rate(step);
         self.progress = Progress::Lost;
         self.home.update(&Update {
-            adamw: self.settings.adamw,
+            optimizer: self.settings.optimizer,
             learning_rate,
             weight_decay: self.settings.weight_decay,
             step,
             gradient_scale: clip_coefficient(self.settings.clip, gradient_norm),
+            seed: self.settings.seed,
             isa: self.settings.isa,
             stop,
         })?;
@@ -199,7 +203,7 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
         Ok((loss, norm))
     }
 
-    /// Hands every unit's weights to `each`, in forward order.
+    /// Hands the weights of every unit that the model computes with to `each`, in forward order.
     ///
     /// # Errors
     /// [`TrainError::Lost`], or what the home or `each` failed with.
@@ -215,6 +219,26 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
         for unit in units {
             let bytes = self.home.weights(unit)?;
             each(self.layout.unit(unit), bytemuck::cast_slice(&bytes))?;
+        }
+        Ok(())
+    }
+
+    /// Hands the exact weights of every unit to `each`, in forward order and in pieces, each with its first element.
+    ///
+    /// # Errors
+    /// As [`Trainer::weights`].
+    pub fn masters(
+        &mut self,
+        mut each: impl FnMut(&UnitLayout, usize, &[f32]) -> Result<(), TrainError>,
+    ) -> Result<(), TrainError> {
+        if !has_masters(self.layout.recipe().weights()) {
+            return self.weights(|unit, weights| each(unit, 0, weights));
+        }
+        if matches!(self.progress, Progress::Lost) {
+            return Err(self.lost());
+        }
+        for unit in self.layout.units() {
+            self.home.masters(unit.unit, &mut |start, values| each(unit, start, values))?;
         }
         Ok(())
     }

@@ -125,14 +125,16 @@ impl Forecast {
         let keeping = plan.keeping();
         let (mut state, mut scratch) = (0, 0);
         for (index, unit) in layout.units().iter().enumerate() {
-            let bytes = unit.padded_bytes() as u64;
+            let weights = layout.weights_bytes(unit) as u64;
+            let moments = layout.records_bytes(unit, plan.tile_elements()) as u64;
+            let gradient = unit.padded_bytes() as u64;
             // What stays in memory is written when it is committed, or never.
             let is_written = |kept: bool| u64::from(!kept || durability == Durability::Step);
             state +=
-                bytes * is_written(keeping.weights[index]) + 2 * bytes * is_written(keeping.moments[index]);
+                weights * is_written(keeping.weights[index]) + moments * is_written(keeping.moments[index]);
             // A tied head puts its share of the embedding's gradient away, and the embedding adds its own.
             let times = if config.tied && unit.unit == Unit::Embedding { 2 } else { 1 };
-            scratch += times * bytes * u64::from(!keeping.gradients[index]);
+            scratch += times * gradient * u64::from(!keeping.gradients[index]);
         }
         let inputs = keeping.inputs.iter().filter(|&&kept| !kept).count() as u64;
         scratch += inputs * plan.input_bytes() as u64;

@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use overspill_io::{Engine, EngineConfig, Pool};
-use overspill_optim::{AdamWConfig, Isa};
+use overspill_optim::Isa;
 use overspill_swap::{Durability, Volume};
 use overspill_train::config::{ModelConfig, Rope};
 use overspill_train::home::{GradientStart, Home, Site, SwappedHome, Update};
 use overspill_train::identity::Identity;
 use overspill_train::layout::{ModelLayout, Unit};
 use overspill_train::model::{Activations, BatchShape, Model, Weights};
+use overspill_train::optimizer::Optimizer;
 use overspill_train::plan::{Fixed, MemoryPlan, StepShape, TILE_RECORD_BYTES};
 
 struct Counting;
@@ -121,11 +122,12 @@ fn bookkeeping(layers: usize) -> (usize, usize) {
     let site = Site { volumes: &volumes, durability: Durability::Step, identity: &identity };
     let stop = AtomicBool::new(false);
     let update = Update {
-        adamw: AdamWConfig::default(),
+        optimizer: Optimizer::default(),
         learning_rate: 1e-3,
         weight_decay: 0.1,
         step: 1,
         gradient_scale: 1.0,
+        seed: 0,
         isa: Isa::detect(),
         stop: &stop,
     };

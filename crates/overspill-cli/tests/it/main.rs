@@ -9,6 +9,7 @@ mod export;
 mod full;
 mod import;
 mod memory;
+mod recipes;
 mod refusals;
 mod store_commands;
 mod store_commands_running;

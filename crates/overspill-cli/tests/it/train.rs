@@ -8,7 +8,10 @@ use serde_json::Value;
 use crate::command::{Ended, Place, SMALL, read_json};
 
 /// The names that other programs rely on.
-const NAMES: [&str; 20] = [
+const NAMES: [&str; 23] = [
+    "optimizer",
+    "weights",
+    "moments",
     "parameters",
     "state_bytes",
     "memory_budget_bytes",

@@ -84,6 +84,8 @@ impl FolderWriter {
     pub(super) fn begin(target: &Path, contents: Contents<'_>) -> Result<Self, CheckpointError> {
         let Contents { texts, tokenizer, stem, tensors, note, shard_bytes_max } = contents;
         let mut staging = Staging::begin(target)?;
+        let needed = tensors.iter().map(TensorPlan::bytes).fold(0, u64::saturating_add);
+        check_room(&staging.path(""), needed)?;
         for (name, text) in texts {
             write_file(&mut staging, name, text.as_bytes())?;
         }
@@ -183,6 +185,16 @@ impl Shard {
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
         self.file.write_all_at(bytes, offset).map_err(|e| write_failed(&self.path, self.length, e))
     }
+}
+
+/// Refuses what the file system has no room for before any of it is taken: a disk that is filled, and emptied again, fails
+/// everybody else on it meanwhile.
+fn check_room(folder: &Path, needed: u64) -> Result<(), CheckpointError> {
+    let found = rustix::fs::statvfs(folder).map_err(|errno| Action::Open.failed(folder)(errno.into()))?;
+    if found.f_bavail.saturating_mul(found.f_frsize) < needed {
+        return Err(CheckpointError::NoSpace { path: folder.to_owned(), needed });
+    }
+    Ok(())
 }
 
 fn write_failed(path: &Path, needed: u64, source: io::Error) -> CheckpointError {

@@ -1,13 +1,16 @@
 //! The reference: all training state in ordinary memory, one array per unit, no tiles, no store.
 
 use std::collections::HashMap;
+use std::mem;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use overspill_optim::Recipe;
 
 use super::buffer::Buffer;
 use super::io::IoReport;
-use super::{GradientStart, Home, Left, SavedInput, Source, Update, Visit};
+use super::tile::widen;
+use super::{GradientStart, Home, Left, Masters, SavedInput, Source, TileState, Update, Visit};
 use crate::error::{TrainError, check_stop};
 use crate::layout::{ModelLayout, Unit};
 
@@ -19,18 +22,28 @@ pub struct MemoryHome {
     inputs: HashMap<(usize, usize), Bytes>,
 }
 
-/// The arrays of one unit, `UnitLayout::padded` elements each.
+/// The arrays of one unit, `UnitLayout::padded` elements each; to the recipe they are one tile.
 #[derive(Debug)]
 struct UnitState {
+    /// As they are stored.
     weights: Arc<Floats>,
     gradient: Vec<f32>,
-    exp_avg: Vec<f32>,
-    exp_avg_sq: Vec<f32>,
+    record: Floats,
 }
 
-/// Weights that tensors may share.
+/// Weights that tensors may share, or other bytes that are aligned as numbers are.
 #[derive(Debug)]
 struct Floats(Vec<f32>);
+
+impl Floats {
+    fn zeros(bytes: usize) -> Self {
+        Self(vec![0.0; bytes.div_ceil(size_of::<f32>())])
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+}
 
 /// A tensor's share of the weights.
 struct Shared(Arc<Floats>);
@@ -38,6 +51,13 @@ struct Shared(Arc<Floats>);
 impl AsRef<[u8]> for Shared {
     fn as_ref(&self) -> &[u8] {
         bytemuck::cast_slice(&self.0.0)
+    }
+}
+
+impl UnitState {
+    fn tile<'a>(&'a mut self, recipe: &'a Recipe) -> TileState<'a> {
+        let weights = Arc::get_mut(&mut self.weights).expect("no tensor outlives its pass over the layer");
+        TileState { recipe, weights: weights.bytes_mut(), record: self.record.bytes_mut() }
     }
 }
 
@@ -49,15 +69,17 @@ impl MemoryHome {
     pub fn new(layout: &ModelLayout, source: &mut Source<'_>) -> Result<Self, TrainError> {
         let mut units = Vec::with_capacity(layout.units().len());
         for unit in layout.units() {
-            let zeros = || vec![0.0; unit.padded];
-            let mut weights = zeros();
-            source(unit, &mut weights)?;
-            units.push(UnitState {
-                weights: Arc::new(Floats(weights)),
-                gradient: zeros(),
-                exp_avg: zeros(),
-                exp_avg_sq: zeros(),
-            });
+            let mut values = vec![0.0; unit.padded];
+            source(unit, &mut values)?;
+            let mut state = UnitState {
+                weights: Arc::new(Floats::zeros(layout.weights_bytes(unit))),
+                gradient: Vec::new(),
+                record: Floats::zeros(layout.record_bytes(unit.padded)),
+            };
+            state.tile(layout.recipe()).initialize(unit, 0, &values);
+            values.fill(0.0);
+            state.gradient = values;
+            units.push(state);
         }
         Ok(Self { layout: layout.clone(), units, inputs: HashMap::new() })
     }
@@ -69,12 +91,17 @@ impl Home for MemoryHome {
     }
 
     fn weights(&mut self, unit: Unit) -> Result<Bytes, TrainError> {
-        let state = &self.units[self.layout.index(unit)];
-        Ok(Bytes::from_owner(Shared(state.weights.clone())))
+        let stored = Shared(self.units[self.layout.index(unit)].weights.clone());
+        if self.layout.lends_weights() {
+            return Ok(Bytes::from_owner(stored));
+        }
+        let mut widened = vec![0.0; self.layout.unit(unit).padded];
+        widen(self.layout.recipe().weights(), stored.as_ref(), &mut widened);
+        Ok(Bytes::from_owner(Shared(Arc::new(Floats(widened)))))
     }
 
     fn gradient(&mut self, unit: Unit, start: GradientStart) -> Result<Buffer, TrainError> {
-        let mut gradient = std::mem::take(&mut self.units[self.layout.index(unit)].gradient);
+        let mut gradient = mem::take(&mut self.units[self.layout.index(unit)].gradient);
         if start == GradientStart::Zero {
             gradient.fill(0.0);
         }
@@ -99,20 +126,21 @@ impl Home for MemoryHome {
     }
 
     fn update(&mut self, update: &Update<'_>) -> Result<(), TrainError> {
-        for (layout, state) in self.layout.units().iter().zip(&mut self.units) {
+        let recipe = self.layout.recipe();
+        for (unit, state) in self.layout.units().iter().zip(&mut self.units) {
             check_stop(update.stop)?;
-            let weights =
-                Arc::get_mut(&mut state.weights).expect("no tensor outlives its pass over the layer");
-            update.apply(
-                layout,
-                0,
-                &mut weights.0,
-                &state.gradient,
-                &mut state.exp_avg,
-                &mut state.exp_avg_sq,
-            );
+            let gradient = mem::take(&mut state.gradient);
+            state.tile(recipe).update(unit, 0, &gradient, update);
+            state.gradient = gradient;
         }
         Ok(())
+    }
+
+    fn masters(&mut self, unit: Unit, each: &mut Masters<'_>) -> Result<(), TrainError> {
+        let state = &mut self.units[self.layout.index(unit)];
+        let mut values = vec![0.0; self.layout.unit(unit).padded];
+        state.tile(self.layout.recipe()).masters(&mut values);
+        each(0, &values)
     }
 
     fn settle(&mut self) -> Result<(), TrainError> {

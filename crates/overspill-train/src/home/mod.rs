@@ -9,21 +9,24 @@ mod io;
 mod memory;
 mod place;
 mod swapped;
+mod tile;
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use bytes::Bytes;
-use overspill_optim::{AdamWConfig, AdamWStep, Isa};
+use overspill_optim::Isa;
 
 pub use self::buffer::Buffer;
 pub(crate) use self::buffer::{floats, floats_mut};
 pub use self::io::IoReport;
 pub use self::memory::MemoryHome;
-pub(crate) use self::place::{Array, halves, moments_name, weights_name};
+pub(crate) use self::place::{Array, moments_name, weights_name};
 pub use self::swapped::{Site, SwappedHome};
+pub(crate) use self::tile::{TileState, elements_of, has_masters, widen};
 use crate::error::TrainError;
 use crate::layout::{Unit, UnitLayout};
+use crate::optimizer::Optimizer;
 
 /// Something that a step will ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +67,9 @@ pub struct Left {
 /// Fills a unit's weights before the first step.
 pub type Source<'a> = dyn FnMut(&UnitLayout, &mut [f32]) -> Result<(), TrainError> + 'a;
 
+/// Hears exact weights: the first element of a piece, and its values.
+pub type Masters<'a> = dyn FnMut(usize, &[f32]) -> Result<(), TrainError> + 'a;
+
 /// Owner of weights, gradients, optimizer state and saved inputs.
 pub trait Home {
     /// Says what will be asked for from now on, in order, so that it can be fetched ahead. What was announced before
@@ -73,7 +79,8 @@ pub trait Home {
     /// [`TrainError`] when something that was being fetched can't be put back.
     fn announce(&mut self, visits: Vec<Visit>) -> Result<(), TrainError>;
 
-    /// The weights of a unit, `UnitLayout::padded` little-endian `f32`, valid as long as the bytes are held.
+    /// The weights of a unit that the model computes with, `UnitLayout::padded` little-endian `f32`, valid as long as the
+    /// bytes are held.
     ///
     /// # Errors
     /// [`TrainError`] when they can't be loaded or are damaged.
@@ -110,6 +117,13 @@ pub trait Home {
     /// [`TrainError::Interrupted`] between two tiles, or what a transfer failed with.
     fn update(&mut self, update: &Update<'_>) -> Result<(), TrainError>;
 
+    /// Hands the exact weights of a unit to `each`, with the first element of each piece, in order. They are those that the
+    /// optimizer changes: the model may compute with rounded ones.
+    ///
+    /// # Errors
+    /// [`TrainError`] when they can't be loaded or are damaged, or what `each` failed with.
+    fn masters(&mut self, unit: Unit, each: &mut Masters<'_>) -> Result<(), TrainError>;
+
     /// Waits for what the last update left under way.
     ///
     /// # Errors
@@ -132,47 +146,20 @@ pub trait Home {
 /// One optimizer step.
 #[derive(Clone, Copy, Debug)]
 pub struct Update<'a> {
-    /// The arithmetic's constants.
-    pub adamw: AdamWConfig,
+    /// The arithmetic and its constants.
+    pub optimizer: Optimizer,
     /// Learning rate of this step.
     pub learning_rate: f64,
-    /// Decoupled weight decay of the parameters that decay.
+    /// Weight decay of the parameters that decay.
     pub weight_decay: f64,
     /// Number of this step, from 1.
     pub step: u64,
     /// Every gradient is multiplied by this: clipping.
     pub gradient_scale: f32,
+    /// Seed of what is rounded at random.
+    pub seed: u64,
     /// Which instructions to use.
     pub isa: Isa,
     /// Set when the run should stop.
     pub stop: &'a AtomicBool,
-}
-
-impl Update<'_> {
-    /// Updates the elements `start..` of a unit, as many as the slices have.
-    fn apply(
-        &self,
-        layout: &UnitLayout,
-        start: usize,
-        weights: &mut [f32],
-        gradient: &[f32],
-        exp_avg: &mut [f32],
-        exp_avg_sq: &mut [f32],
-    ) {
-        let step =
-            |decay| AdamWStep::new(&self.adamw, self.learning_rate, decay, self.step, self.gradient_scale);
-        let (plain, decaying) = (step(0.0), step(self.weight_decay));
-        for (range, parameter) in layout.parameters_within(start..start + weights.len()) {
-            let part = range.start - start..range.end - start;
-            overspill_optim::adamw(
-                self.isa,
-                if parameter.role.decays() { &decaying } else { &plain },
-                &mut weights[part.clone()],
-                &gradient[part.clone()],
-                &mut exp_avg[part.clone()],
-                &mut exp_avg_sq[part],
-            )
-            .expect("all slices are cut to the same range");
-        }
-    }
 }

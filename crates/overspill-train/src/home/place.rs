@@ -1,9 +1,10 @@
 //! The long tensors of a swapped home: what they are called, how they are cut, and where one is at the moment.
 
+use overspill_io::BLOCK_ALIGNMENT;
 use overspill_swap::tiles;
 use overspill_swap::{Slot, Store, StoreError, Worth};
 
-use crate::layout::{Unit, UnitLayout};
+use crate::layout::{ModelLayout, Unit, UnitLayout};
 
 /// A long tensor of a unit, and the tiles that it is cut into.
 pub(crate) struct Array {
@@ -13,19 +14,21 @@ pub(crate) struct Array {
 }
 
 impl Array {
-    /// `tile_bytes` are those of a tile of weights, here and below.
-    pub(crate) fn weights(unit: &UnitLayout, tile_bytes: usize) -> Self {
-        Self { name: weights_name(unit.unit), bytes: unit.padded_bytes(), tile_bytes }
+    /// Weights as the recipe stores them; tiles are of so many elements, here and below.
+    pub(crate) fn weights(layout: &ModelLayout, unit: &UnitLayout, tile_elements: usize) -> Self {
+        let tile_bytes = tile_elements * layout.weight_bytes();
+        Self { name: weights_name(unit.unit), bytes: layout.weights_bytes(unit), tile_bytes }
     }
 
-    pub(crate) fn gradient(unit: &UnitLayout, tile_bytes: usize) -> Self {
-        Self { name: format!("gradient/{}", unit.unit), ..Self::weights(unit, tile_bytes) }
+    pub(crate) fn gradient(unit: &UnitLayout, tile_elements: usize) -> Self {
+        let name = format!("gradient/{}", unit.unit);
+        Self { name, bytes: unit.padded_bytes(), tile_bytes: tile_elements * size_of::<f32>() }
     }
 
-    /// Both moments of each tile, one behind the other.
-    pub(crate) fn moments(unit: &UnitLayout, tile_bytes: usize) -> Self {
-        let (name, bytes) = (moments_name(unit.unit), 2 * unit.padded_bytes());
-        Self { name, bytes, tile_bytes: 2 * tile_bytes }
+    /// The record of each tile; of some recipes nothing.
+    pub(crate) fn moments(layout: &ModelLayout, unit: &UnitLayout, tile_elements: usize) -> Self {
+        let (name, bytes) = (moments_name(unit.unit), layout.records_bytes(unit, tile_elements));
+        Self { name, bytes, tile_bytes: layout.record_bytes(tile_elements).max(BLOCK_ALIGNMENT) }
     }
 
     /// Makes room for it.
@@ -44,15 +47,9 @@ pub(crate) fn weights_name(unit: Unit) -> String {
     format!("weights/{unit}")
 }
 
-/// What both moments of a unit are called.
+/// What the records of a unit are called: its moments, and of some recipes the rest of its weights.
 pub(crate) fn moments_name(unit: Unit) -> String {
     format!("moments/{unit}")
-}
-
-/// Both moments of a tile.
-pub(crate) fn halves(moments: &mut [f32]) -> (&mut [f32], &mut [f32]) {
-    let middle = moments.len() / 2;
-    moments.split_at_mut(middle)
 }
 
 /// Where a tensor that is written once and read once per step is put.

@@ -1,10 +1,11 @@
 //! The real thing: all training state on storage, and in memory only what is being used or about to be.
 //!
 //! Per unit there are three long tensors, cut into tiles at the same borders: the weights, the gradient, and the
-//! optimizer state, whose tile holds both moments one behind the other (`exp_avg`, then `exp_avg_sq`), so that a tile
-//! of state is one read and one write. A unit's weights are loaded into one block and lent to the model; the block
-//! returns to the pool when the model's last tensor over it is dropped. The update runs tile by tile through the
-//! pipeline.
+//! optimizer state, whose tile is the record that the recipe makes of it (of AdamW in single precision both moments, one
+//! behind the other), so that a tile of state is one read and one write. A unit's weights are loaded into one block and
+//! lent to the model; the block returns to the pool when the model's last tensor over it is dropped. Weights of two
+//! bytes are loaded as they are, half as many bytes, and widened into another block. The update runs tile by tile
+//! through the pipeline.
 //!
 //! What will be asked for is known for a whole step, so the next unit loads while this one computes, the update's first
 //! tiles come in during the end of the backward pass, and its last ones go out during the next forward pass.
@@ -24,8 +25,9 @@ use overspill_swap::{Durability, Slot, Store, StoreError, Volume, Worth};
 
 use super::buffer::{Buffer, floats, floats_mut};
 use super::io::IoReport;
-use super::place::{Array, Place, halves};
-use super::{GradientStart, Home, Left, SavedInput, Source, Update, Visit};
+use super::place::{Array, Place};
+use super::tile::widen;
+use super::{GradientStart, Home, Left, Masters, SavedInput, Source, TileState, Update, Visit, elements_of};
 use crate::error::{TrainError, check_stop};
 use crate::identity::Identity;
 use crate::layout::{ModelLayout, Unit, UnitLayout};
@@ -66,7 +68,7 @@ struct UnitState {
 }
 
 impl SwappedHome {
-    /// Creates the store and writes the initial state: weights from `source`, moments zero.
+    /// Creates the store and writes the initial state: weights from `source`, moments as the recipe begins with them.
     ///
     /// # Errors
     /// [`TrainError`] when the store can't be created, a transfer fails, or `source` does; nothing is left behind.
@@ -81,34 +83,50 @@ impl SwappedHome {
         let store = Store::create_over(volumes, durability, plan.storage_bytes(layout, durability))?;
         let mut home = Self::over(layout, plan, identity.clone(), pool, store)?;
         for (index, unit) in layout.units().iter().enumerate() {
-            let weights = Array::weights(unit, plan.tile_bytes()).reserve(&home.store, Worth::State)?;
-            let moments = Array::moments(unit, plan.tile_bytes()).reserve(&home.store, Worth::State)?;
+            let tile_elements = plan.tile_elements();
+            let weights = Array::weights(layout, unit, tile_elements).reserve(&home.store, Worth::State)?;
+            let moments = Array::moments(layout, unit, tile_elements).reserve(&home.store, Worth::State)?;
 
+            let values_bytes = plan.unit_block_bytes(layout, unit.unit);
+            let mut values = lease_part(pool, values_bytes, unit.padded_bytes())?;
+            values.fill(0);
+            source(unit, floats_mut(&mut values))?;
+            let values = floats(&values);
+
+            let weights_bytes = layout.weights_bytes(unit);
             let stays = plan.keeping().weights[index];
-            let block_bytes =
-                if stays { unit.padded_bytes() } else { plan.unit_block_bytes(layout, unit.unit) };
-            let mut block = lease_part(pool, block_bytes, unit.padded_bytes())?;
-            let values = floats_mut(&mut block);
-            values.fill(0.0);
-            source(unit, values)?;
-            let keep_or_store = if stays { tiles::keep } else { tiles::store };
-            let weights = keep_or_store(weights, block)?;
-
-            let moments = if plan.keeping().moments[index] {
-                let mut block = pool.lease(2 * unit.padded_bytes())?;
-                block.fill(0);
-                tiles::keep(moments, block)?
-            } else {
-                let mut zeros = Vec::with_capacity(moments.len());
-                for tile in moments {
-                    let mut block = lease_part(pool, 2 * plan.tile_bytes(), tile.bytes())?;
-                    block.fill(0);
-                    zeros.extend(tiles::store(vec![tile], block)?);
+            let block_bytes = if stays { weights_bytes } else { plan.stored_block_bytes(layout, unit.unit) };
+            let mut block = lease_part(pool, block_bytes, weights_bytes)?;
+            block.fill(0);
+            let moments = {
+                let starts = (0..unit.padded).step_by(tile_elements);
+                let mut tiles = starts.zip(block.chunks_mut(tile_elements * layout.weight_bytes()));
+                let mut fill = |record: &mut [u8]| {
+                    record.fill(0);
+                    let (start, weights) = tiles.next().expect("weights and records have the same tiles");
+                    let mut tile = TileState { recipe: layout.recipe(), weights, record };
+                    tile.initialize(unit, start, &values[start..]);
+                };
+                if moments.is_empty() {
+                    (0..unit.padded).step_by(tile_elements).for_each(|_| fill(&mut []));
+                    moments
+                } else if plan.keeping().moments[index] {
+                    let mut records = pool.lease(layout.records_bytes(unit, tile_elements))?;
+                    records.chunks_mut(plan.record_bytes()).for_each(fill);
+                    tiles::keep(moments, records)?
+                } else {
+                    let mut stored = Vec::with_capacity(moments.len());
+                    for tile in moments {
+                        let mut record = lease_part(pool, plan.record_bytes(), tile.bytes())?;
+                        fill(&mut record);
+                        stored.extend(tiles::store(vec![tile], record)?);
+                    }
+                    settle(stored)?
                 }
-                settle(zeros)?
             };
+            let keep_or_store = if stays { tiles::keep } else { tiles::store };
+            home.units[index].weights = settle(keep_or_store(weights, block)?)?;
             home.units[index].moments = moments;
-            home.units[index].weights = settle(weights)?;
         }
         Ok(home)
     }
@@ -125,19 +143,20 @@ impl SwappedHome {
     ) -> Result<(Self, u64), TrainError> {
         let Site { volumes, durability, identity } = site;
         let store = Store::open_over(volumes, durability)?;
-        let step = identity.check(store.path(), &store.meta())?;
+        let step = identity.check(store.path(), &store.meta(), layout.recipe())?;
         store.provide(plan.storage_bytes(layout, durability))?;
         let mut home = Self::over(layout, plan, identity.clone(), pool, store)?;
         for (index, unit) in layout.units().iter().enumerate() {
             let take_up = |array: Array, stays: bool| -> Result<Vec<Slot>, TrainError> {
                 let tiles = array.adopt(&home.store)?;
-                if !stays {
+                if !stays || tiles.is_empty() {
                     return Ok(tiles);
                 }
                 Ok(LoadingTiles::start(tiles, pool.lease(array.bytes)?)?.stay()?)
             };
-            let weights = take_up(Array::weights(unit, plan.tile_bytes()), plan.keeping().weights[index])?;
-            let moments = take_up(Array::moments(unit, plan.tile_bytes()), plan.keeping().moments[index])?;
+            let (tile_elements, keeping) = (plan.tile_elements(), plan.keeping());
+            let weights = take_up(Array::weights(layout, unit, tile_elements), keeping.weights[index])?;
+            let moments = take_up(Array::moments(layout, unit, tile_elements), keeping.moments[index])?;
             home.units[index].weights = weights;
             home.units[index].moments = moments;
         }
@@ -153,7 +172,7 @@ impl SwappedHome {
         store: Store,
     ) -> Result<Self, TrainError> {
         let unit = |(unit, &stays): (&UnitLayout, &bool)| {
-            let reserve = || Array::gradient(unit, plan.tile_bytes()).reserve(&store, Worth::Scratch);
+            let reserve = || Array::gradient(unit, plan.tile_elements()).reserve(&store, Worth::Scratch);
             let gradient = Place::new(stays, reserve)?;
             Ok(UnitState { weights: Vec::new(), gradient, moments: Vec::new() })
         };
@@ -270,18 +289,18 @@ impl SwappedHome {
 
     /// Starts loading what the update will need first, while the last gradients are computed.
     fn prefetch_update(&mut self) -> Result<(), TrainError> {
-        let tile_bytes = self.plan.tile_bytes();
+        let weights_bytes = self.plan.tile_elements() * self.layout.weight_bytes();
         let mut left = self.plan.depth();
         for unit in &mut self.units {
-            for (array, block_bytes) in [(&mut unit.weights, tile_bytes), (&mut unit.moments, 2 * tile_bytes)]
-            {
+            let arrays = [(&mut unit.weights, weights_bytes), (&mut unit.moments, self.plan.record_bytes())];
+            for (array, block_bytes) in arrays {
                 let count = left.min(array.len());
                 let first: Vec<Slot> = array.drain(..count).collect();
                 let begun = first.into_iter().map(|slot| slot.prefetch(&self.pool, block_bytes));
                 let begun = begun.collect::<Result<Vec<_>, _>>()?;
                 array.splice(..0, begun);
             }
-            left = left.saturating_sub(unit.moments.len());
+            left = left.saturating_sub(unit.weights.len());
         }
         Ok(())
     }
@@ -293,14 +312,14 @@ impl SwappedHome {
 
     fn bytes(&self, visit: Visit) -> usize {
         match visit {
-            Visit::Weights(unit) => self.layout.unit(unit).padded_bytes(),
+            Visit::Weights(unit) => self.layout.weights_bytes(self.layout.unit(unit)),
             Visit::Input(_) => self.plan.input_bytes(),
         }
     }
 
     fn block_bytes(&self, visit: Visit) -> usize {
         match visit {
-            Visit::Weights(unit) => self.plan.unit_block_bytes(&self.layout, unit),
+            Visit::Weights(unit) => self.plan.stored_block_bytes(&self.layout, unit),
             Visit::Input(_) => self.plan.input_bytes(),
         }
     }
@@ -318,7 +337,14 @@ impl Home for SwappedHome {
     }
 
     fn weights(&mut self, unit: Unit) -> Result<Bytes, TrainError> {
-        self.take(Visit::Weights(unit)).map(Buffer::freeze)
+        let stored = self.take(Visit::Weights(unit))?;
+        if self.layout.lends_weights() {
+            return Ok(Buffer::freeze(stored));
+        }
+        let block_bytes = self.plan.unit_block_bytes(&self.layout, unit);
+        let mut widened = lease_part(&self.pool, block_bytes, self.layout.unit(unit).padded_bytes())?;
+        widen(self.layout.recipe().weights(), &stored, floats_mut(&mut widened));
+        Ok(Buffer::freeze(widened))
     }
 
     fn gradient(&mut self, unit: Unit, start: GradientStart) -> Result<Buffer, TrainError> {
@@ -393,31 +419,33 @@ impl Home for SwappedHome {
             };
             in_memory.push(values);
             let weights = mem::take(&mut state.weights).into_iter();
-            let moments = mem::take(&mut state.moments).into_iter();
-            for (tile, (weights, moments)) in weights.zip(moments).enumerate() {
+            let mut moments = mem::take(&mut state.moments).into_iter();
+            for (tile, weights) in weights.enumerate() {
                 parts.push((index, tile * self.plan.tile_elements()));
-                items
-                    .push(Item { edited: vec![weights, moments], read: stored.next().into_iter().collect() });
+                let edited = std::iter::once(weights).chain(moments.next()).collect();
+                items.push(Item { edited, read: stored.next().into_iter().collect() });
             }
         }
-        let tile_bytes = self.plan.tile_bytes();
-        let limits = Limits {
-            pool: &self.pool,
-            depth: self.plan.depth(),
-            block_bytes: &[tile_bytes, 2 * tile_bytes, tile_bytes],
-        };
-        let layouts = self.layout.units();
+        let gradient_bytes = self.plan.tile_bytes();
+        let weights_bytes = self.plan.tile_elements() * self.layout.weight_bytes();
+        let all = [weights_bytes, self.plan.record_bytes(), gradient_bytes];
+        let without_record = [weights_bytes, gradient_bytes];
+        let block_bytes = if self.plan.record_bytes() > 0 { &all[..] } else { &without_record };
+        let limits = Limits { pool: &self.pool, depth: self.plan.depth(), block_bytes };
+        let (units, recipe) = (self.layout.units(), self.layout.recipe());
         let done = pipeline::run(limits, items, |item, edited, read| {
             check_stop(update.stop)?;
             let (index, start) = parts[item];
-            let [weights, moments] = edited else { unreachable!("an item edits weights and moments") };
-            let weights = floats_mut(weights);
+            let (weights, record): (&mut [u8], &mut [u8]) = match edited {
+                [weights, record] => (weights, record),
+                [weights] => (weights, &mut []),
+                _ => unreachable!("an item edits weights, and the record if there is one"),
+            };
             let gradient = match read {
                 [gradient] => floats(gradient),
-                _ => &in_memory[index][start..start + weights.len()],
+                _ => &in_memory[index][start..start + elements_of(recipe, weights.len())],
             };
-            let (exp_avg, exp_avg_sq) = halves(floats_mut(moments));
-            update.apply(&layouts[index], start, weights, gradient, exp_avg, exp_avg_sq);
+            TileState { recipe, weights, record }.update(&units[index], start, gradient, update);
             Ok::<(), TrainError>(())
         })?;
         for ((index, _), item) in parts.into_iter().zip(done.items) {
@@ -428,6 +456,31 @@ impl Home for SwappedHome {
             if let Place::Tiles(gradient) = &mut state.gradient {
                 gradient.extend(item.read);
             }
+        }
+        Ok(())
+    }
+
+    fn masters(&mut self, unit: Unit, each: &mut Masters<'_>) -> Result<(), TrainError> {
+        let index = self.layout.index(unit);
+        let state = &mut self.units[index];
+        let (weights, moments) = (mem::take(&mut state.weights), mem::take(&mut state.moments));
+        let mut moments = moments.into_iter();
+        let weights_bytes = self.plan.tile_elements() * self.layout.weight_bytes();
+        let mut start = 0;
+        for slot in weights {
+            let (slot, mut weights) = load(&self.pool, slot, weights_bytes)?;
+            state.weights.push(slot);
+            let record = moments.next().map(|slot| load(&self.pool, slot, self.plan.record_bytes()));
+            let (slot, mut record) = record.transpose()?.unzip();
+            state.moments.extend(slot);
+            let recipe = self.layout.recipe();
+            let elements = elements_of(recipe, weights.len());
+            let mut block = lease_part(&self.pool, self.plan.tile_bytes(), elements * size_of::<f32>())?;
+            let record = record.as_deref_mut().unwrap_or_default();
+            let masters = floats_mut(&mut block);
+            TileState { recipe, weights: &mut weights, record }.masters(masters);
+            each(start, masters)?;
+            start += elements;
         }
         Ok(())
     }
@@ -444,7 +497,7 @@ impl Home for SwappedHome {
             *array = mem::take(array).into_iter().map(Slot::save).collect();
         }
         self.settle()?;
-        Ok(self.store.commit(self.identity.meta(step, self.plan.tile_bytes()))?)
+        Ok(self.store.commit(self.identity.meta(step, self.plan.tile_bytes(), self.layout.recipe()))?)
     }
 
     fn left(&self) -> Option<Left> {
@@ -470,6 +523,13 @@ impl Home for SwappedHome {
             waited,
         })
     }
+}
+
+/// A tile, and its contents in a block of its class.
+fn load(pool: &Pool, slot: Slot, block_bytes: usize) -> Result<(Slot, Block), TrainError> {
+    let block = lease_part(pool, block_bytes, slot.bytes())?;
+    let (mut slots, block) = LoadingTiles::start(vec![slot], block)?.wait()?;
+    Ok((slots.remove(0), block))
 }
 
 /// Waits for the writes of all of them; the first error when all have come to rest.

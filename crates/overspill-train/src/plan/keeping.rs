@@ -10,9 +10,11 @@
 //! | gradient, saved input | written once, read once | nothing |
 //! | optimizer state | read once, written once | the write |
 //!
+//! How many bytes each has is the recipe's choice, and no matter here.
+//!
 //! Units of a kind are chosen evenly, so that transfers and computation take turns.
 
-use crate::layout::ModelLayout;
+use crate::layout::{ModelLayout, UnitLayout};
 
 /// The arrays that stay.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,23 +45,32 @@ impl Keeping {
     }
 
     /// What `room` bytes hold.
-    pub(super) fn choose(layout: &ModelLayout, inputs: usize, input_bytes: usize, mut room: usize) -> Self {
+    pub(super) fn choose(
+        layout: &ModelLayout,
+        tile_elements: usize,
+        inputs: usize,
+        input_bytes: usize,
+        mut room: usize,
+    ) -> Self {
         let mut keeping = Self::nothing(layout.units().len(), inputs);
-        let units: Vec<usize> = layout.units().iter().map(|unit| unit.padded_bytes()).collect();
-        let moments: Vec<usize> = units.iter().map(|bytes| 2 * bytes).collect();
-        take(&units, &mut keeping.weights, &mut room);
-        take(&units, &mut keeping.gradients, &mut room);
+        let lengths = |bytes: &dyn Fn(&UnitLayout) -> usize| Vec::from_iter(layout.units().iter().map(bytes));
+        let weights = lengths(&|unit| layout.weights_bytes(unit));
+        let gradients = lengths(&UnitLayout::padded_bytes);
+        let moments = lengths(&|unit| layout.records_bytes(unit, tile_elements));
+        take(&weights, &mut keeping.weights, &mut room);
+        take(&gradients, &mut keeping.gradients, &mut room);
         take(&vec![input_bytes; inputs], &mut keeping.inputs, &mut room);
         take(&moments, &mut keeping.moments, &mut room);
         keeping
     }
 
     /// Bytes that stay, with arrays of units and saved inputs of these lengths.
-    pub(super) fn bytes(&self, layout: &ModelLayout, input_bytes: usize) -> usize {
-        let units = layout.units().iter().map(|unit| unit.padded_bytes());
-        let per_unit = units.zip(self.weights.iter().zip(&self.gradients).zip(&self.moments));
-        let of_units = per_unit.map(|(bytes, ((&weights, &gradient), &moments))| {
-            bytes * (usize::from(weights) + usize::from(gradient) + 2 * usize::from(moments))
+    pub(super) fn bytes(&self, layout: &ModelLayout, tile_elements: usize, input_bytes: usize) -> usize {
+        let per_unit = layout.units().iter().zip(self.weights.iter().zip(&self.gradients).zip(&self.moments));
+        let of_units = per_unit.map(|(unit, ((&weights, &gradient), &moments))| {
+            usize::from(weights) * layout.weights_bytes(unit)
+                + usize::from(gradient) * unit.padded_bytes()
+                + usize::from(moments) * layout.records_bytes(unit, tile_elements)
         });
         of_units.sum::<usize>() + input_bytes * self.inputs.iter().filter(|&&kept| kept).count()
     }

@@ -8,13 +8,13 @@
 
 mod keeping;
 
-use overspill_io::BlockClass;
+use overspill_io::{BLOCK_ALIGNMENT, BlockClass};
 use overspill_swap::{Durability, Store, Worth, pipeline};
 
 pub use self::keeping::Keeping;
 use crate::config::{ConfigError, ModelConfig};
 use crate::home::SavedInput;
-use crate::layout::{ModelLayout, UNIT_ALIGNMENT, Unit, UnitLayout};
+use crate::layout::{ModelLayout, Unit, UnitLayout};
 use crate::model::{BatchShape, Model};
 use crate::size::ByteSize;
 
@@ -59,6 +59,8 @@ impl StepShape {
 pub struct MemoryPlan {
     depth: usize,
     tile_elements: usize,
+    /// Bytes of the record of a whole tile.
+    record_bytes: usize,
     accumulate: usize,
     layers: usize,
     input_elements: usize,
@@ -257,6 +259,7 @@ impl MemoryPlan {
         let mut plan = Self {
             depth,
             tile_elements: tile_elements.min(longest),
+            record_bytes: layout.record_bytes(tile_elements.min(longest)),
             accumulate: shape.accumulate,
             layers: config.layers,
             input_elements,
@@ -275,14 +278,16 @@ impl MemoryPlan {
 
     /// Keeps in memory what `room` bytes hold.
     fn keep(mut self, layout: &ModelLayout, room: usize) -> Self {
-        self.keeping = Keeping::choose(layout, self.saved_inputs(), self.input_bytes(), room);
-        self.kept_bytes = self.keeping.bytes(layout, self.input_bytes());
+        let (tile, input_bytes) = (self.tile_elements, self.input_bytes());
+        self.keeping = Keeping::choose(layout, tile, self.saved_inputs(), input_bytes, room);
+        self.kept_bytes = self.keeping.bytes(layout, tile, input_bytes);
         let units = layout.units().iter().zip(self.keeping.weights.iter().zip(&self.keeping.moments));
         for (unit, (&weights, &moments)) in units {
-            let bytes = unit.padded_bytes();
             let class = |name, block_bytes| BlockClass { name, block_bytes, count: 1 };
-            self.holders.extend(weights.then(|| class("weights that stay", bytes)));
-            self.holders.extend(moments.then(|| class("moments that stay", 2 * bytes)));
+            let records_bytes = layout.records_bytes(unit, tile);
+            self.holders.extend(weights.then(|| class("weights that stay", layout.weights_bytes(unit))));
+            let moments = moments && records_bytes > 0;
+            self.holders.extend(moments.then(|| class("moments that stay", records_bytes)));
         }
         self
     }
@@ -290,21 +295,33 @@ impl MemoryPlan {
     /// Who can hold blocks, and how many at once.
     fn holders(&self, config: &ModelConfig, layout: &ModelLayout) -> Vec<BlockClass> {
         let bytes = |unit| self.unit_block_bytes(layout, unit);
+        let stored_bytes = |unit| self.stored_block_bytes(layout, unit);
         let items = pipeline::items_in_memory(self.depth);
         let holder = |name, block_bytes, count| BlockClass { name, block_bytes, count };
+        let ahead = self.units_ahead();
+        // The layer at work and its gradient, and those being fetched if they are lent as they are.
+        let layers = if layout.lends_weights() { 2 + ahead } else { 2 };
         let mut holders = vec![
-            // The layer at work, those being fetched, and the gradient.
-            holder("layer", bytes(Unit::Layer(0)), 2 + self.units_ahead()),
+            holder("layer", bytes(Unit::Layer(0)), layers),
             // Weights and gradient.
             holder("embedding", bytes(Unit::Embedding), 2),
             // One being saved or used, and those being fetched.
             holder("saved input", self.input_bytes(), 2 + self.look_ahead()),
-            holder("tile of weights or gradients", self.tile_bytes(), 2 * items),
-            holder("tile of moments", 2 * self.tile_bytes(), items),
+            holder("tile of weights", self.tile_elements * layout.weight_bytes(), items),
+            holder("tile of gradients", self.tile_bytes(), items),
         ];
+        if self.record_bytes > 0 {
+            holders.push(holder("tile of moments", self.record_bytes, items));
+        }
         // An untied head is as long as the embedding and takes turns with it; a tied one is held beside it.
         if config.tied {
             holders.push(holder("head", bytes(Unit::Head), 2));
+        }
+        if !layout.lends_weights() {
+            // One being widened, and those being fetched.
+            holders.push(holder("stored layer", stored_bytes(Unit::Layer(0)), 1 + ahead));
+            holders.push(holder("stored embedding", stored_bytes(Unit::Embedding), 1));
+            holders.extend(config.tied.then(|| holder("stored head", stored_bytes(Unit::Head), 1)));
         }
         holders
     }
@@ -350,9 +367,10 @@ impl MemoryPlan {
     /// Bytes that the store will take: twice the weights and moments if a crash is to cost one step at most, and room
     /// for what steps leave to each other.
     pub fn storage_bytes(&self, layout: &ModelLayout, durability: Durability) -> u64 {
-        let units = || layout.units().iter().map(UnitLayout::padded_bytes);
-        let state = units().flat_map(|bytes| [bytes, 2 * bytes]);
-        let gradients = moving(units(), &self.keeping.gradients);
+        let units = || layout.units().iter();
+        let records_bytes = |unit| layout.records_bytes(unit, self.tile_elements);
+        let state = units().flat_map(|unit| [layout.weights_bytes(unit), records_bytes(unit)]);
+        let gradients = moving(units().map(UnitLayout::padded_bytes), &self.keeping.gradients);
         let inputs = moving(self.keeping.inputs.iter().map(|_| self.input_bytes()), &self.keeping.inputs);
         Store::capacity_for(durability, Worth::State, state)
             + Store::capacity_for(durability, Worth::Scratch, gradients.chain(inputs))
@@ -378,12 +396,22 @@ impl MemoryPlan {
         self.tile_elements
     }
 
-    /// Bytes of a tile of one array.
+    /// Bytes of a tile of gradients, which names the length of a state's tiles whatever else its recipe keeps of them.
     pub fn tile_bytes(&self) -> usize {
         self.tile_elements * size_of::<f32>()
     }
 
-    /// Bytes of the blocks that hold this unit.
+    /// Bytes of the record of a whole tile; 0 when the recipe has none.
+    pub fn record_bytes(&self) -> usize {
+        self.record_bytes
+    }
+
+    /// Bytes of the blocks that hold the weights of this unit as they are stored.
+    pub fn stored_block_bytes(&self, layout: &ModelLayout, unit: Unit) -> usize {
+        self.unit_block_bytes(layout, unit) / size_of::<f32>() * layout.weight_bytes()
+    }
+
+    /// Bytes of the blocks that hold this unit as the model computes with it.
     pub fn unit_block_bytes(&self, layout: &ModelLayout, unit: Unit) -> usize {
         let (embedding, head) = (layout.unit(Unit::Embedding), layout.unit(Unit::Head));
         match unit {
@@ -410,6 +438,6 @@ impl MemoryPlan {
 
     /// Bytes of a saved input, padded.
     pub fn input_bytes(&self) -> usize {
-        self.input_elements.next_multiple_of(UNIT_ALIGNMENT) * size_of::<f32>()
+        (self.input_elements * size_of::<f32>()).next_multiple_of(BLOCK_ALIGNMENT)
     }
 }

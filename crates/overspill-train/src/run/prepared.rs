@@ -49,7 +49,8 @@ impl Prepared {
                 (checkpoint.config().clone(), Tokenizer::open(folder)?, Some(checkpoint))
             }
         };
-        let layout = ModelLayout::new(&config);
+        let recipe = options.optimizer.recipe(options.weights, options.moments);
+        let layout = ModelLayout::of(&config, recipe);
         if let Some(out) = &options.out {
             CheckpointWriter::check_destination(out)?;
         }
@@ -87,7 +88,8 @@ impl Prepared {
 
     /// Everything that the numbers of the run depend on.
     pub(super) fn identity(&self, options: &RunOptions) -> Identity {
-        let RunOptions { shape, schedule, weight_decay, clip, adamw, seed, .. } = options;
+        let RunOptions { shape, schedule, weight_decay, clip, optimizer, seed, .. } = options;
+        let (rule, constants) = optimizer.constants();
         let digest = format!("{:016x}", self.batches.corpus().digest());
         let config = match &self.checkpoint {
             Some(checkpoint) => checkpoint.config_fields().clone(),
@@ -106,7 +108,7 @@ impl Prepared {
             .with("the schedule (--lr, --warmup, --steps)", &format!("{schedule:?}"))
             .with("--weight-decay", weight_decay)
             .with("--clip", &format!("{clip:?}"))
-            .with("AdamW", &format!("{adamw:?}"))
+            .with(rule, &constants)
             .with("--seed", seed)
             .of_model(ModelOrigin { config, tokenizer })
     }
@@ -142,9 +144,9 @@ impl Prepared {
         }
     }
 
-    /// Weights, gradients and both moments.
+    /// Weights, gradients and the optimizer's records.
     pub(super) fn state_bytes(&self) -> u64 {
-        4 * self.layout.padded_bytes() as u64
+        self.layout.state_bytes(self.plan.tile_elements()) as u64
     }
 
     /// Says what is about to happen, after what was `committed`.

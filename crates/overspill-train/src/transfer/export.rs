@@ -9,14 +9,15 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use overspill_io::{BLOCK_ALIGNMENT, BackendChoice, Pool};
+use overspill_io::{BLOCK_ALIGNMENT, BackendChoice, Block, Pool};
+use overspill_optim::{Recipe, WeightFormat};
 use overspill_swap::{Manifest, Store, StoreError, View, ViewLoading};
 use serde::Serialize;
 
-use super::{Progress, Tile, TileKind, classes, lease, tiles, tiles_in_motion};
+use super::{BOTH_KINDS, Progress, Tile, TileKind, check_state_form, classes, lease, tiles, tiles_in_motion};
 use crate::checkpoint::{CheckpointError, CheckpointWriter, Precision, StateArray, StateWriter, TOKENIZER};
 use crate::error::{TrainError, check_stop};
-use crate::home::{floats, moments_name, weights_name};
+use crate::home::{TileState, floats, has_masters, moments_name, weights_name, widen};
 use crate::identity::{Identity, ModelOrigin};
 use crate::layout::ModelLayout;
 use crate::path;
@@ -110,10 +111,13 @@ pub fn export(
     CheckpointWriter::check_destination(&options.out)?;
     let homes = reading::stores_in(&options.directories);
     let home = homes.first().ok_or(TrainError::ResumeWhere)?;
-    let tile_bytes = tile_bytes(home, &found(home, options.snapshot.as_deref())?.meta)?;
+    let manifest = found(home, options.snapshot.as_deref())?;
+    let layout = layout_of(home, &manifest.meta)?;
+    let tile_bytes = tile_bytes(home, &manifest.meta, &layout)?;
 
     let ahead = tiles_in_motion(tile_bytes);
-    let pool = Pool::new(&classes(tile_bytes, ahead))?;
+    // One of weights waits for its record.
+    let pool = Pool::new(&classes(&layout, tile_bytes, ahead + 1))?;
     let volumes = reading::volumes(&homes, options.backend, &pool)?;
     let view = match &options.snapshot {
         Some(name) => View::of_snapshot(&volumes, name)?,
@@ -123,12 +127,14 @@ pub fn export(
     let meta = view.meta();
     let origin = ModelOrigin::of(home, meta)?;
     let step = Identity::step(meta).ok_or_else(|| not_a_state(home, "it does not say its step"))?;
-    let layout = ModelLayout::new(&origin.shape(home)?);
-    let kinds = options.form.kinds();
+    let layout = layout_of(home, meta)?;
+    options.form.check(home, layout.recipe())?;
+    let kinds = options.form.kinds(layout.recipe());
     check_tiles(&view, &layout, tile_bytes, kinds)?;
 
     let mut folder = Folder::begin(options, &origin, meta, &layout)?;
-    let total: u64 = tiles(&layout, tile_bytes, kinds).map(|tile| tile.bytes() as u64).sum();
+    let mut joiner = Joiner::new(*layout.recipe(), kinds);
+    let total: u64 = tiles(&layout, tile_bytes, kinds).map(|tile| tile.bytes as u64).sum();
     let mut done = 0;
     let mut upcoming = tiles(&layout, tile_bytes, kinds);
     let mut loading: VecDeque<(Tile<'_>, ViewLoading<'_>)> = VecDeque::with_capacity(ahead);
@@ -141,8 +147,13 @@ pub fn export(
         }
         let Some((tile, arriving)) = loading.pop_front() else { break };
         check_stop(stop)?;
-        folder.write(tile, &arriving.wait()?)?;
-        done += tile.bytes() as u64;
+        let block = arriving.wait()?;
+        match joiner.take(tile, block) {
+            Joined::Single(block) => folder.write(tile, floats(&block))?,
+            Joined::Values(values) => folder.write(tile, values)?,
+            Joined::Nothing => {}
+        }
+        done += tile.bytes as u64;
         progress(done, total);
     }
     folder.finish()?;
@@ -163,10 +174,21 @@ pub fn export(
 }
 
 impl Form {
-    fn kinds(self) -> &'static [TileKind] {
+    /// The tiles that it takes: exact weights in single precision are partly in the records. In half of the bits a model
+    /// has those that it computed with.
+    fn kinds(self, recipe: &Recipe) -> &'static [TileKind] {
         match self {
+            Self::Weights(Precision::F32) if has_masters(recipe.weights()) => BOTH_KINDS,
             Self::Weights(_) => &[TileKind::Weights],
-            Self::State => &[TileKind::Weights, TileKind::Moments],
+            Self::State => BOTH_KINDS,
+        }
+    }
+
+    /// Whether a state of this recipe has this form.
+    fn check(self, path: &Path, recipe: &Recipe) -> Result<(), TrainError> {
+        match self {
+            Self::Weights(_) => Ok(()),
+            Self::State => check_state_form(path, recipe),
         }
     }
 
@@ -213,8 +235,8 @@ impl Folder {
         })
     }
 
-    fn write(&mut self, tile: Tile<'_>, bytes: &[u8]) -> Result<(), CheckpointError> {
-        let (unit, start, values) = (tile.unit, tile.start, floats(bytes));
+    fn write(&mut self, tile: Tile<'_>, values: &[f32]) -> Result<(), CheckpointError> {
+        let (unit, start) = (tile.unit, tile.start);
         match (self, tile.kind) {
             (Self::Weights(writer), _) => writer.write_part(unit, start, values),
             (Self::State(writer), TileKind::Weights) => {
@@ -233,6 +255,52 @@ impl Folder {
             Self::Weights(writer) => writer.finish(),
             Self::State(writer) => writer.finish(),
         }
+    }
+}
+
+/// Makes single precision of tiles that are stored in other formats.
+struct Joiner {
+    recipe: Recipe,
+    /// Whether the weights are exact only together with their record.
+    joins: bool,
+    /// Weights that wait for it.
+    weights: Option<Block>,
+    values: Vec<f32>,
+}
+
+/// What came of a tile.
+enum Joined<'a> {
+    /// It is in single precision as it is.
+    Single(Block),
+    /// Its values.
+    Values(&'a [f32]),
+    /// It waits for the next one.
+    Nothing,
+}
+
+impl Joiner {
+    fn new(recipe: Recipe, kinds: &[TileKind]) -> Self {
+        let joins = has_masters(recipe.weights()) && kinds.contains(&TileKind::Moments);
+        Self { recipe, joins, weights: None, values: Vec::new() }
+    }
+
+    fn take(&mut self, tile: Tile<'_>, mut block: Block) -> Joined<'_> {
+        if self.recipe.weights() == WeightFormat::F32 {
+            return Joined::Single(block);
+        }
+        if self.joins && tile.kind == TileKind::Weights {
+            self.weights = Some(block);
+            return Joined::Nothing;
+        }
+        self.values.resize(tile.elements, 0.0);
+        match self.weights.take() {
+            Some(mut weights) => {
+                TileState { recipe: &self.recipe, weights: &mut weights, record: &mut block }
+                    .masters(&mut self.values);
+            }
+            None => widen(self.recipe.weights(), &block, &mut self.values),
+        }
+        Joined::Values(&self.values)
     }
 }
 
@@ -259,12 +327,17 @@ fn not_a_state(path: &Path, reason: impl Into<String>) -> TrainError {
     TrainError::NotAState { path: path.to_owned(), reason: reason.into() }
 }
 
+/// The layout of the state that was committed with `meta`.
+fn layout_of(home: &Path, meta: &serde_json::Value) -> Result<ModelLayout, TrainError> {
+    let config = ModelOrigin::of(home, meta)?.shape(home)?;
+    let recipe = Identity::recipe(meta).ok_or_else(|| not_a_state(home, "its recipe is not known here"))?;
+    Ok(ModelLayout::of(&config, recipe))
+}
+
 /// The tiles that the state is cut into.
-fn tile_bytes(home: &Path, meta: &serde_json::Value) -> Result<usize, TrainError> {
-    // A state without these is refused for what it lacks first.
-    let layout = ModelLayout::new(&ModelOrigin::of(home, meta)?.shape(home)?);
+fn tile_bytes(home: &Path, meta: &serde_json::Value, layout: &ModelLayout) -> Result<usize, TrainError> {
     let tile_bytes = Identity::tile_bytes(meta).unwrap_or(0);
-    let is_sound = tile_bytes.is_multiple_of(BLOCK_ALIGNMENT) && plan::has_tiles_of(&layout, tile_bytes);
+    let is_sound = tile_bytes.is_multiple_of(BLOCK_ALIGNMENT) && plan::has_tiles_of(layout, tile_bytes);
     if is_sound { Ok(tile_bytes) } else { Err(not_a_state(home, format!("tiles of {tile_bytes} bytes"))) }
 }
 
@@ -276,7 +349,7 @@ fn check_tiles(
     kinds: &[TileKind],
 ) -> Result<(), TrainError> {
     for tile in tiles(layout, tile_bytes, kinds) {
-        let (tensor, expected) = (name(tile), tile.bytes());
+        let (tensor, expected) = (name(tile), tile.bytes);
         let found = view.bytes(&tensor)?;
         if found != expected {
             return Err(StoreError::WrongLength { tensor, expected: found, found: expected }.into());

@@ -14,13 +14,16 @@ use overspill_swap::{Durability, Slot, Store, Worth};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{Progress, Tile, TileKind, classes, lease, tiles, tiles_in_motion, tiles_of};
+use super::{
+    BOTH_KINDS, Progress, Tile, TileKind, check_state_form, classes, lease, tiles, tiles_in_motion, tiles_of,
+};
 use crate::checkpoint::{Checkpoint, CheckpointError, StateArray, StateFolder};
 use crate::config::{self, ModelConfig};
 use crate::error::{TrainError, check_stop};
-use crate::home::{Array, floats_mut, halves};
+use crate::home::{Array, floats_mut};
 use crate::identity::{Identity, ModelOrigin};
 use crate::layout::ModelLayout;
+use crate::optimizer::single_precision_adamw;
 use crate::options::StorageChoice;
 use crate::path;
 use crate::plan;
@@ -101,8 +104,8 @@ pub fn import(
     let mut source = Source::open(&options.from)?;
     let layout = ModelLayout::new(source.config());
     let tile_bytes = source.tile_bytes(&layout);
-    let kinds = [TileKind::Weights, TileKind::Moments];
-    let lengths = || tiles(&layout, tile_bytes, &kinds).map(|tile| tile.bytes());
+    let tile_elements = tile_bytes / size_of::<f32>();
+    let lengths = || tiles(&layout, tile_bytes, BOTH_KINDS).map(|tile| tile.bytes);
     let need = StorageNeed::new(options.durability, |durability| {
         Store::capacity_for(durability, Worth::State, lengths())
     });
@@ -112,7 +115,7 @@ pub fn import(
     volumes.check(capacity)?;
 
     let ahead = tiles_in_motion(tile_bytes);
-    let pool = Pool::new(&classes(tile_bytes, ahead))?;
+    let pool = Pool::new(&classes(&layout, tile_bytes, ahead))?;
     let Opened { volumes, .. } = volumes.open(&storage, &pool)?;
     let store = Store::create_over(&volumes, options.durability, capacity)?;
     let total: u64 = lengths().map(|bytes| bytes as u64).sum();
@@ -120,9 +123,10 @@ pub fn import(
     let mut storing: VecDeque<Slot> = VecDeque::with_capacity(2 * ahead);
     progress(0, total);
     for unit in layout.units() {
-        let mut weights = Array::weights(unit, tile_bytes).reserve(&store, Worth::State)?.into_iter();
-        let mut moments = Array::moments(unit, tile_bytes).reserve(&store, Worth::State)?.into_iter();
-        for tile in tiles_of(unit, tile_bytes, &kinds) {
+        let weights = Array::weights(&layout, unit, tile_elements).reserve(&store, Worth::State)?;
+        let moments = Array::moments(&layout, unit, tile_elements).reserve(&store, Worth::State)?;
+        let (mut weights, mut moments) = (weights.into_iter(), moments.into_iter());
+        for tile in tiles_of(&layout, unit, tile_bytes, BOTH_KINDS) {
             check_stop(stop)?;
             let slot = match tile.kind {
                 TileKind::Weights => weights.next(),
@@ -137,7 +141,7 @@ pub fn import(
             let mut block = lease(&pool, tile)?;
             source.read(tile, floats_mut(&mut block))?;
             storing.extend(overspill_swap::tiles::store(vec![slot], block)?);
-            done += tile.bytes() as u64;
+            done += tile.bytes as u64;
             progress(done, total);
         }
     }
@@ -173,6 +177,8 @@ impl Source {
         let malformed =
             |reason: &str| TrainError::NotAState { path: path.clone(), reason: reason.to_owned() };
         let step = Identity::step(folder.meta()).ok_or_else(|| malformed("it does not say its step"))?;
+        let recipe = Identity::recipe(folder.meta());
+        check_state_form(from, &recipe.ok_or_else(|| malformed("its recipe is not known here"))?)?;
         let is_run = |run: &Value| run.as_object().is_some_and(|run| run.values().all(Value::is_string));
         match folder.meta().get("run") {
             Some(Value::Null) if step == 0 => {}
@@ -220,7 +226,7 @@ impl Source {
                 folder.read_part(StateArray::Weight, tile.unit, tile.start, values)
             }
             (Self::State { folder, .. }, TileKind::Moments) => {
-                let (exp_avg, exp_avg_sq) = halves(values);
+                let (exp_avg, exp_avg_sq) = values.split_at_mut(tile.elements);
                 folder.read_part(StateArray::ExpAvg, tile.unit, tile.start, exp_avg)?;
                 folder.read_part(StateArray::ExpAvgSq, tile.unit, tile.start, exp_avg_sq)
             }
@@ -230,7 +236,7 @@ impl Source {
     /// What is committed with the state.
     fn meta(&self, tile_bytes: usize) -> Value {
         match self {
-            Self::Weights { origin, .. } => origin.untouched(tile_bytes),
+            Self::Weights { origin, .. } => origin.untouched(tile_bytes, &single_precision_adamw()),
             Self::State { meta, .. } => Identity::with_tile_bytes(meta.clone(), tile_bytes),
         }
     }

@@ -5,6 +5,9 @@
 //!       ◄── import ──
 //! ```
 //!
+//! Weights go in single precision, or in half of its bits, whatever the recipe that they are stored by; whole states are
+//! those of AdamW in single precision, because numbers of fewer bits would not come back as they were.
+//!
 //! Everything goes tile by tile through a small pool, so memory does not depend on the size of the model. What is made
 //! appears whole or not at all: a folder is written aside and renamed, a store is committed at its end.
 //!
@@ -24,11 +27,16 @@
 mod export;
 mod import;
 
+use std::path::Path;
+
 use overspill_io::{Block, BlockClass, Pool, PoolError};
+use overspill_optim::Recipe;
 
 pub use self::export::{ExportOptions, Exported, Form, export};
 pub use self::import::{ImportOptions, Imported, import};
+use crate::error::TrainError;
 use crate::layout::{ModelLayout, UnitLayout};
+use crate::optimizer::{Names, single_precision_adamw};
 
 /// Hears how far a transfer is: bytes of the state that are done, and of all.
 pub type Progress<'a> = dyn FnMut(u64, u64) + 'a;
@@ -48,9 +56,10 @@ struct Tile<'a> {
     index: usize,
     /// Its first element within the unit.
     start: usize,
-    /// Of a tile of weights; one of moments has them twice.
     elements: usize,
     kind: TileKind,
+    /// Its length in the store.
+    bytes: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,15 +68,22 @@ enum TileKind {
     Moments,
 }
 
-impl Tile<'_> {
-    fn bytes(&self) -> usize {
-        let arrays = if self.kind == TileKind::Moments { 2 } else { 1 };
-        arrays * self.elements * size_of::<f32>()
+/// Weights, and beside each tile of them its record.
+const BOTH_KINDS: &[TileKind] = &[TileKind::Weights, TileKind::Moments];
+
+/// Refuses what a folder of a whole state has no place for: numbers of fewer bits would not come back as they were.
+fn check_state_form(path: &Path, recipe: &Recipe) -> Result<(), TrainError> {
+    if *recipe == single_precision_adamw() {
+        return Ok(());
     }
+    let Names { optimizer, weights, moments } = Names::of(recipe);
+    Err(TrainError::StateForm { path: path.to_owned(), optimizer, weights, moments })
 }
 
-/// The tiles of a unit's weights, and of its moments if `kinds` has them, those of one place side by side.
+/// The tiles of a unit's weights, and of its moments if `kinds` has them and there are any, those of one place side by
+/// side.
 fn tiles_of<'a>(
+    layout: &'a ModelLayout,
     unit: &'a UnitLayout,
     tile_bytes: usize,
     kinds: &'a [TileKind],
@@ -75,7 +91,14 @@ fn tiles_of<'a>(
     let tile_elements = tile_bytes / size_of::<f32>();
     (0..unit.padded).step_by(tile_elements).enumerate().flat_map(move |(index, start)| {
         let elements = tile_elements.min(unit.padded - start);
-        kinds.iter().map(move |&kind| Tile { unit, index, start, elements, kind })
+        let tile = move |&kind| {
+            let bytes = match kind {
+                TileKind::Weights => elements * layout.weight_bytes(),
+                TileKind::Moments => layout.record_bytes(elements),
+            };
+            Tile { unit, index, start, elements, kind, bytes }
+        };
+        kinds.iter().map(tile).filter(|tile| tile.bytes > 0)
     })
 }
 
@@ -85,15 +108,14 @@ fn tiles<'a>(
     tile_bytes: usize,
     kinds: &'a [TileKind],
 ) -> impl Iterator<Item = Tile<'a>> {
-    layout.units().iter().flat_map(move |unit| tiles_of(unit, tile_bytes, kinds))
+    layout.units().iter().flat_map(move |unit| tiles_of(layout, unit, tile_bytes, kinds))
 }
 
 /// A block that is as long as the tile.
 fn lease(pool: &Pool, tile: Tile<'_>) -> Result<Block, PoolError> {
-    let bytes = tile.bytes();
-    let mut block = pool.lease(bytes)?;
-    if bytes < block.len() {
-        drop(block.split_off(bytes));
+    let mut block = pool.lease(tile.bytes)?;
+    if tile.bytes < block.len() {
+        drop(block.split_off(tile.bytes));
     }
     Ok(block)
 }
@@ -104,9 +126,14 @@ fn tiles_in_motion(tile_bytes: usize) -> usize {
 }
 
 /// Blocks for so many tiles of each kind.
-fn classes(tile_bytes: usize, count: usize) -> [BlockClass; 2] {
-    [
-        BlockClass { name: "tile of weights", block_bytes: tile_bytes, count },
-        BlockClass { name: "tile of moments", block_bytes: 2 * tile_bytes, count },
-    ]
+fn classes(layout: &ModelLayout, tile_bytes: usize, count: usize) -> Vec<BlockClass> {
+    let elements = tile_bytes / size_of::<f32>();
+    let class = |name, block_bytes, count| BlockClass { name, block_bytes, count };
+    match (elements * layout.weight_bytes(), layout.record_bytes(elements)) {
+        (weights, 0) => vec![class("tile of weights", weights, count)],
+        (weights, moments) if weights == moments => vec![class("tile", weights, 2 * count)],
+        (weights, moments) => {
+            vec![class("tile of weights", weights, count), class("tile of moments", moments, count)]
+        }
+    }
 }

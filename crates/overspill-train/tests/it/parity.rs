@@ -15,6 +15,7 @@ use overspill_train::data::Tokenizer;
 use overspill_train::home::MemoryHome;
 use overspill_train::layout::{ModelLayout, Unit};
 use overspill_train::model::{BatchShape, Model, Weights};
+use overspill_train::optimizer::Optimizer;
 use overspill_train::plan::StepShape;
 use overspill_train::schedule::Schedule;
 use overspill_train::trainer::{BatchSource, Commit, Settings, Trainer};
@@ -145,7 +146,12 @@ fn agrees_with_the_reference(arguments: &[&str]) {
         schedule: Schedule { peak: reference.learning_rate, warmup: 0, steps: u64::MAX },
         weight_decay: reference.weight_decay,
         clip: Some(reference.clip),
-        adamw: AdamWConfig { beta1: reference.betas.0, beta2: reference.betas.1, eps: 1e-8 },
+        optimizer: Optimizer::AdamW(AdamWConfig {
+            beta1: reference.betas.0,
+            beta2: reference.betas.1,
+            eps: 1e-8,
+        }),
+        seed: 0,
         isa: Isa::detect(),
         commit: Commit::OnDemand,
     };
