@@ -98,7 +98,7 @@ pub(crate) struct TrainArguments {
     pub(crate) durability: Option<DurabilityChoice>,
 
     /// All the memory the run may take
-    #[arg(long, value_name = "SIZE", default_value = "80MiB")]
+    #[arg(long, value_name = "SIZE", default_value = "88MiB")]
     pub(crate) memory: ByteSize,
 
     /// Optimizer steps
