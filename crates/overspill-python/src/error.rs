@@ -1,0 +1,167 @@
+//! What can go wrong, and the exception of the package that says it.
+//!
+//! The classes are in `python/overspill/errors.py`; here is which error is told by which.
+
+use overspill_io::{Failed, IoError, PoolError};
+use overspill_optim::{ApplyError, RecipeError};
+use overspill_swap::StoreError;
+use overspill_swap::optimizer::{OptimizerError, PassError, TooSmall};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyModule;
+
+/// Anything that a native call can end with.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// An argument that cannot be meant.
+    #[error("{0}")]
+    Argument(String),
+    /// Something that is not supported, and never will be half-way.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The object is not in a state in which this can be done.
+    #[error("{0}")]
+    State(String),
+    #[error(
+        "this object belongs to process {owner}, not to its fork {current}: make it after forking, or use spawn"
+    )]
+    Forked { owner: u32, current: u32 },
+    #[error("a bug in overspill, please report it: {0}")]
+    Panic(String),
+    #[error(transparent)]
+    Io(#[from] IoError),
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Optimizer(#[from] OptimizerError),
+    #[error(transparent)]
+    Budget(#[from] TooSmall),
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+}
+
+impl From<Failed> for Error {
+    fn from(failed: Failed) -> Self {
+        Self::Io(failed.error)
+    }
+}
+
+impl<E: Into<Error>> From<PassError<E>> for Error {
+    fn from(error: PassError<E>) -> Self {
+        match error {
+            PassError::Swapper(error) => error.into(),
+            PassError::Compute(error) => error.into(),
+        }
+    }
+}
+
+/// What the exception for an error of the engine says besides its message.
+struct Told {
+    class: &'static str,
+    errno: Option<i32>,
+    path: Option<String>,
+}
+
+impl Told {
+    fn plain(class: &'static str) -> Self {
+        Self { class, errno: None, path: None }
+    }
+
+    fn of(error: &Error) -> Self {
+        match error {
+            Error::Argument(_) | Error::Recipe(_) | Error::Apply(_) => Self::plain("ArgumentError"),
+            Error::Unsupported(_) => Self::plain("UnsupportedError"),
+            Error::State(_) => Self::plain("StateError"),
+            Error::Forked { .. } => Self::plain("ForkError"),
+            Error::Panic(_) => Self::plain("InternalError"),
+            Error::Budget(_) => Self::plain("MemoryBudgetError"),
+            Error::Io(error) => Self::of_io(error),
+            Error::Pool(_) => Self::plain("MemoryBudgetError"),
+            Error::Store(error) | Error::Optimizer(OptimizerError::Store(error)) => Self::of_store(error),
+            Error::Optimizer(OptimizerError::Lost | OptimizerError::OtherParameters { .. }) => {
+                Self::plain("StateError")
+            }
+            Error::Optimizer(_) => Self::plain("ArgumentError"),
+        }
+    }
+
+    fn of_io(error: &IoError) -> Self {
+        match error {
+            IoError::Transfer { errno, path, .. } | IoError::File { errno, path, .. } => Self {
+                class: if is_full(*errno) { "DiskFullError" } else { "StorageError" },
+                errno: Some(*errno),
+                path: Some(path.display().to_string()),
+            },
+            IoError::Backend { errno, .. } => Self { class: "EngineError", errno: Some(*errno), path: None },
+            IoError::NoSpace { path, .. } => {
+                let path = Some(path.display().to_string());
+                Self { class: "DiskFullError", errno: Some(ENOSPC), path }
+            }
+            IoError::EndOfFile { path, .. } => {
+                Self { class: "EndOfFileError", errno: None, path: Some(path.display().to_string()) }
+            }
+            IoError::WriteZero { path, .. } | IoError::NotAFile { path } => {
+                Self { class: "StorageError", errno: Some(EIO), path: Some(path.display().to_string()) }
+            }
+            IoError::Config { .. } | IoError::SpaceOffset { .. } => Self::plain("ArgumentError"),
+            _ => Self::plain("EngineError"),
+        }
+    }
+
+    fn of_store(error: &StoreError) -> Self {
+        match error {
+            StoreError::Io(error) => Self::of_io(error),
+            StoreError::Transfer { source, .. } => Self::of_io(source),
+            StoreError::Pool(_) => Self::plain("MemoryBudgetError"),
+            StoreError::Directory { path, source, .. } => Self {
+                class: "StorageError",
+                errno: source.raw_os_error(),
+                path: Some(path.display().to_string()),
+            },
+            StoreError::Locked { .. } | StoreError::NoLock { .. } => Self::plain("LockedError"),
+            StoreError::NoSpace { path, .. } | StoreError::DiskFull { path, .. } => {
+                let path = Some(path.display().to_string());
+                Self { class: "DiskFullError", errno: Some(ENOSPC), path }
+            }
+            StoreError::SnapshotRoom { .. } | StoreError::KeptRoom { .. } => {
+                Self { class: "DiskFullError", errno: Some(ENOSPC), path: None }
+            }
+            StoreError::Corrupt { .. }
+            | StoreError::Truncated { .. }
+            | StoreError::Manifest { .. }
+            | StoreError::ManifestLost { .. }
+            | StoreError::Misplaced { .. }
+            | StoreError::Label { .. } => Self::plain("CorruptionError"),
+            StoreError::SnapshotName { .. } => Self::plain("ArgumentError"),
+            _ => Self::plain("StateError"),
+        }
+    }
+}
+
+const EIO: i32 = 5;
+const ENOSPC: i32 = 28;
+const EDQUOT: i32 = 122;
+const EFBIG: i32 = 27;
+
+fn is_full(errno: i32) -> bool {
+    matches!(errno, ENOSPC | EDQUOT | EFBIG)
+}
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        static CLASSES: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
+        Python::attach(|py| {
+            let told = Told::of(&error);
+            let classes = CLASSES.get_or_try_init(py, || py.import("overspill.errors").map(Bound::unbind));
+            let class = classes.and_then(|module| module.bind(py).getattr(told.class));
+            match class.and_then(|class| class.call1((error.to_string(), told.errno, told.path))) {
+                Ok(exception) => PyErr::from_value(exception),
+                Err(failure) => failure,
+            }
+        })
+    }
+}

@@ -1,0 +1,39 @@
+//! `overspill._native`: what the Python package `overspill` is made of.
+//!
+//! ```text
+//! python/overspill/*.py        what a PyTorch user sees: classes, docstrings, types
+//!        │ tensors, numbers, names
+//! border.rs                    the one way in: releases the GIL, catches panics, tells errors as the package's exceptions
+//! tensor.rs                    the memory of a tensor, for as long as it is used: all the unsafe code there is
+//! handle/  optimizer/          the engine and the swapped state behind an object each
+//! ```
+//!
+//! A native object belongs to the process that made it. A fork takes a copy along whose threads do not exist: using it
+//! is refused, and dropping it does nothing.
+
+#[expect(dead_code, reason = "the objects that need it follow")]
+mod border;
+#[expect(dead_code, reason = "the objects that need it follow")]
+mod error;
+#[expect(dead_code, reason = "the objects that need it follow")]
+mod tensor;
+
+use pyo3::prelude::*;
+
+/// The native half of the package.
+#[pymodule]
+mod _native {
+    use std::ffi::OsString;
+
+    use pyo3::prelude::*;
+
+    /// The package's version.
+    #[pymodule_export]
+    const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+    /// Runs the command line; the answer is its exit status.
+    #[pyfunction]
+    fn run(py: Python<'_>, arguments: Vec<OsString>) -> PyResult<u8> {
+        crate::border::outside(py, || Ok::<_, crate::error::Error>(overspill_cli::run(arguments)))
+    }
+}

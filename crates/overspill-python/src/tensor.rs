@@ -1,0 +1,174 @@
+//! The memory of a torch tensor, for as long as native code uses it.
+//!
+//! A [`Tensor`] holds a reference to the Python object, so its storage stays where it is, whatever Python drops meanwhile.
+//! Which thread may write to it when is torch's own rule, that nobody writes to a tensor that somebody else is using;
+//! whoever breaks it finds mixed bytes, as with torch's own kernels.
+
+#![expect(unsafe_code, reason = "makes slices of the memory that a tensor says it has")]
+
+use std::slice;
+
+use overspill_optim::{Gradient, Weights};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+
+use crate::error::Error;
+
+/// The type of a tensor's elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dtype {
+    F32,
+    Bf16,
+    F16,
+    /// Any other; only its bytes count.
+    Other,
+}
+
+/// A dense tensor in the memory of the processor.
+#[derive(Debug)]
+pub(crate) struct Tensor {
+    address: usize,
+    bytes: usize,
+    dtype: Dtype,
+    /// Keeps the storage.
+    _object: Py<PyAny>,
+}
+
+impl Tensor {
+    /// # Errors
+    /// `TypeError` for what is no tensor; `overspill.UnsupportedError` for one that is not dense, contiguous, and in the
+    /// processor's memory.
+    pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = object.py();
+        let torch = Torch::get(py)?;
+        if !object.is_instance(torch.tensor.bind(py))? {
+            return Err(PyTypeError::new_err(format!("a torch.Tensor is needed, not {}", object.get_type())));
+        }
+        let device: String = object.getattr("device")?.getattr("type")?.extract()?;
+        if device != "cpu" {
+            return Err(
+                Error::Unsupported(format!("the tensor is on {device}: copy it to the CPU first")).into()
+            );
+        }
+        if !object.getattr("layout")?.is(torch.strided.bind(py))
+            || !object.call_method0("is_contiguous")?.extract::<bool>()?
+        {
+            return Err(
+                Error::Unsupported("the tensor is not contiguous: call .contiguous() first".into()).into()
+            );
+        }
+        Ok(Self {
+            address: object.call_method0("data_ptr")?.extract()?,
+            bytes: object.getattr("nbytes")?.extract()?,
+            dtype: torch.dtype(&object.getattr("dtype")?),
+            _object: object.clone().unbind(),
+        })
+    }
+
+    /// Length in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// The address of the first byte.
+    pub(crate) fn address(&self) -> usize {
+        self.address
+    }
+
+    /// The type of the elements.
+    pub(crate) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The contents.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.slice()
+    }
+
+    /// The contents, to be changed.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        self.slice_mut()
+    }
+
+    /// The contents as weights, to be changed; bf16 ones are those of any recipe that has bf16.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for another type than fp32, bf16 and fp16.
+    pub(crate) fn weights(&mut self) -> Result<Weights<'_>, Error> {
+        match self.dtype {
+            Dtype::F32 => Ok(Weights::F32(self.slice_mut())),
+            Dtype::Bf16 => Ok(Weights::Bf16(self.slice_mut())),
+            Dtype::F16 => Ok(Weights::F16(self.slice_mut())),
+            Dtype::Other => Err(Error::Unsupported("parameters are fp32, bf16 or fp16".into())),
+        }
+    }
+
+    /// The contents as gradients.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for another type than fp32, bf16 and fp16.
+    pub(crate) fn gradient(&self) -> Result<Gradient<'_>, Error> {
+        match self.dtype {
+            Dtype::F32 => Ok(Gradient::F32(self.slice())),
+            Dtype::Bf16 => Ok(Gradient::Bf16(self.slice())),
+            Dtype::F16 => Ok(Gradient::F16(self.slice())),
+            Dtype::Other => Err(Error::Unsupported("gradients are fp32, bf16 or fp16".into())),
+        }
+    }
+
+    fn slice<T>(&self) -> &[T] {
+        let (start, count) = self.range::<T>();
+        // SAFETY: torch says that the tensor has `bytes` bytes from `address` on, initialized or plain numbers any pattern
+        // of which is valid; the object that is held keeps them there. `range` has seen to the alignment and to
+        // null. Torch's rule for a tensor in use, at the head of this file, stands in for exclusion.
+        unsafe { slice::from_raw_parts(start, count) }
+    }
+
+    fn slice_mut<T>(&mut self) -> &mut [T] {
+        let (start, count) = self.range::<T>();
+        // SAFETY: as in `slice`, and `&mut self` makes this the only slice through this handle.
+        unsafe { slice::from_raw_parts_mut(start, count) }
+    }
+
+    /// Where `T`s are; the numeric types that torch has, which are aligned to their size there.
+    fn range<T>(&self) -> (*mut T, usize) {
+        let start = std::ptr::with_exposed_provenance_mut::<T>(self.address);
+        if self.bytes == 0 {
+            return (std::ptr::NonNull::dangling().as_ptr(), 0);
+        }
+        assert!(!start.is_null() && start.is_aligned(), "torch aligns elements to their size");
+        (start, self.bytes / size_of::<T>())
+    }
+}
+
+/// What is looked up in torch, once.
+struct Torch {
+    tensor: Py<PyAny>,
+    strided: Py<PyAny>,
+    dtypes: [(Py<PyAny>, Dtype); 3],
+}
+
+impl Torch {
+    fn get(py: Python<'_>) -> PyResult<&'static Self> {
+        static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+        TORCH.get_or_try_init(py, || {
+            let torch = py.import("torch")?;
+            let name = |name: &str| torch.getattr(name).map(Bound::unbind);
+            Ok(Self {
+                tensor: name("Tensor")?,
+                strided: name("strided")?,
+                dtypes: [
+                    (name("float32")?, Dtype::F32),
+                    (name("bfloat16")?, Dtype::Bf16),
+                    (name("float16")?, Dtype::F16),
+                ],
+            })
+        })
+    }
+
+    fn dtype(&self, object: &Bound<'_, PyAny>) -> Dtype {
+        let mut known = self.dtypes.iter();
+        known.find(|(known, _)| object.is(known)).map_or(Dtype::Other, |(_, dtype)| *dtype)
+    }
+}
