@@ -23,17 +23,19 @@ use pyo3::prelude::*;
 /// The native half of the package.
 #[pymodule]
 mod _native {
-    use std::ffi::OsString;
-
-    use pyo3::prelude::*;
-
     /// The package's version.
     #[pymodule_export]
     const VERSION: &str = env!("CARGO_PKG_VERSION");
 
     /// Runs the command line; the answer is its exit status.
-    #[pyfunction]
-    fn run(py: Python<'_>, arguments: Vec<OsString>) -> PyResult<u8> {
-        crate::border::outside(py, || Ok::<_, crate::error::Error>(overspill_cli::run(arguments)))
-    }
+    #[cfg(feature = "command-line")]
+    #[pymodule_export]
+    use crate::run;
+}
+
+/// Runs the command line; the answer is its exit status.
+#[cfg(feature = "command-line")]
+#[pyfunction]
+fn run(py: Python<'_>, arguments: Vec<std::ffi::OsString>) -> PyResult<u8> {
+    border::outside(py, || Ok::<_, error::Error>(overspill_cli::run(arguments)))
 }
