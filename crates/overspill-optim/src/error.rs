@@ -88,16 +88,9 @@ pub enum ApplyError {
         /// The format of the recipe.
         expected: &'static str,
     },
-    /// A moment that the rule does not have.
-    #[error("moment {moment} of {rule}, which has {moments}")]
-    NoMoment {
-        /// The rule.
-        rule: &'static str,
-        /// Which moment was asked for.
-        moment: usize,
-        /// How many there are.
-        moments: usize,
-    },
+    /// A name that is no moment of the rule.
+    #[error("the rule has no moment of that name")]
+    NoField,
     /// More bytes than can be counted.
     #[error("the record of {elements} elements is too large")]
     TooLarge {

@@ -35,6 +35,7 @@
 mod adamw;
 mod convert;
 mod error;
+mod fields;
 mod format;
 mod isa;
 mod job;

@@ -99,6 +99,18 @@ impl WholeRecipe {
         Ok(Self { rule, weights, shape })
     }
 
+    /// The rule.
+    #[must_use]
+    pub const fn rule(&self) -> WholeRule {
+        self.rule
+    }
+
+    /// How weights are stored.
+    #[must_use]
+    pub const fn weights(&self) -> WeightFormat {
+        self.weights
+    }
+
     /// Number of elements.
     #[must_use]
     pub fn elements(&self) -> usize {
@@ -168,8 +180,7 @@ impl WholeRecipe {
         self.check(values.len(), weights.len())?;
         let job = self.job(isa, Cutter::new(&layout, record)?, values, origin);
         let largest = job.by_weights(Adopt, weights)?;
-        let names = if self.weights.column().is_some() { 1 } else { 0 };
-        for field in &layout.fields()[names..] {
+        for field in &layout.fields()[self.weight_fields()..] {
             record[field.bytes()].fill(0);
         }
         Ok(Outcome::of(largest))
@@ -234,6 +245,28 @@ impl WholeRecipe {
         let job = self.job(isa, Cutter::new(&layout, record)?, Gradient::F32(&master), origin);
         job.by_weights(Adopt, weights)?;
         Ok(Outcome::Updated)
+    }
+
+    /// Writes the fp32 masters to `out`.
+    ///
+    /// # Errors
+    ///
+    /// Any [`ApplyError`] but of steps; nothing was written.
+    pub fn read_masters(
+        &self,
+        record: &mut [u8],
+        weights: Weights<'_>,
+        out: &mut [f32],
+    ) -> Result<(), ApplyError> {
+        self.check(out.len(), weights.len())?;
+        let layout = self.layout()?;
+        let job = self.job(Isa::Scalar, Cutter::new(&layout, record)?, Gradient::F32(&[]), Origin::default());
+        job.masters(weights, out)
+    }
+
+    /// How many of the record's fields belong to the weight; they come first.
+    pub(crate) fn weight_fields(&self) -> usize {
+        usize::from(self.weights.column().is_some())
     }
 
     fn check(&self, gradient: usize, weights: usize) -> Result<(), ApplyError> {

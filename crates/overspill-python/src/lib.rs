@@ -11,11 +11,9 @@
 //! A native object belongs to the process that made it. A fork takes a copy along whose threads do not exist: using it
 //! is refused, and dropping it does nothing.
 
-#[expect(dead_code, reason = "the objects that need it follow")]
 mod border;
-#[expect(dead_code, reason = "the objects that need it follow")]
 mod error;
-#[expect(dead_code, reason = "the objects that need it follow")]
+mod optimizer;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -28,6 +26,8 @@ mod _native {
     const VERSION: &str = env!("CARGO_PKG_VERSION");
 
     /// Runs the command line; the answer is its exit status.
+    #[pymodule_export]
+    use crate::optimizer::{Optimizer, norm};
     #[cfg(feature = "command-line")]
     #[pymodule_export]
     use crate::run;

@@ -6,6 +6,7 @@
 
 #![expect(unsafe_code, reason = "makes slices of the memory that a tensor says it has")]
 
+use std::ops::Range;
 use std::slice;
 
 use overspill_optim::{Gradient, Weights};
@@ -23,6 +24,17 @@ pub(crate) enum Dtype {
     F16,
     /// Any other; only its bytes count.
     Other,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+            Self::Other => 1,
+        }
+    }
 }
 
 /// A dense tensor in the memory of the processor.
@@ -91,15 +103,23 @@ impl Tensor {
         self.slice_mut()
     }
 
-    /// The contents as weights, to be changed; bf16 ones are those of any recipe that has bf16.
+    /// Number of elements.
+    pub(crate) fn numel(&self) -> usize {
+        self.bytes / self.dtype.bytes()
+    }
+
+    /// These elements as weights, to be changed.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for another type than fp32, bf16 and fp16.
-    pub(crate) fn weights(&mut self) -> Result<Weights<'_>, Error> {
+    ///
+    /// # Panics
+    /// When there are no such elements.
+    pub(crate) fn weights_of(&mut self, elements: Range<usize>) -> Result<Weights<'_>, Error> {
         match self.dtype {
-            Dtype::F32 => Ok(Weights::F32(self.slice_mut())),
-            Dtype::Bf16 => Ok(Weights::Bf16(self.slice_mut())),
-            Dtype::F16 => Ok(Weights::F16(self.slice_mut())),
+            Dtype::F32 => Ok(Weights::F32(&mut self.slice_mut()[elements])),
+            Dtype::Bf16 => Ok(Weights::Bf16(&mut self.slice_mut()[elements])),
+            Dtype::F16 => Ok(Weights::F16(&mut self.slice_mut()[elements])),
             Dtype::Other => Err(Error::Unsupported("parameters are fp32, bf16 or fp16".into())),
         }
     }
@@ -109,12 +129,46 @@ impl Tensor {
     /// # Errors
     /// [`Error::Unsupported`] for another type than fp32, bf16 and fp16.
     pub(crate) fn gradient(&self) -> Result<Gradient<'_>, Error> {
+        self.gradient_of(0..self.numel())
+    }
+
+    /// These elements as gradients.
+    ///
+    /// # Errors
+    /// As [`Tensor::gradient`].
+    ///
+    /// # Panics
+    /// When there are no such elements.
+    pub(crate) fn gradient_of(&self, elements: Range<usize>) -> Result<Gradient<'_>, Error> {
         match self.dtype {
-            Dtype::F32 => Ok(Gradient::F32(self.slice())),
-            Dtype::Bf16 => Ok(Gradient::Bf16(self.slice())),
-            Dtype::F16 => Ok(Gradient::F16(self.slice())),
+            Dtype::F32 => Ok(Gradient::F32(&self.slice()[elements])),
+            Dtype::Bf16 => Ok(Gradient::Bf16(&self.slice()[elements])),
+            Dtype::F16 => Ok(Gradient::F16(&self.slice()[elements])),
             Dtype::Other => Err(Error::Unsupported("gradients are fp32, bf16 or fp16".into())),
         }
+    }
+
+    /// The contents in single precision.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for another type.
+    pub(crate) fn floats(&self) -> Result<&[f32], Error> {
+        self.check_floats()?;
+        Ok(self.slice())
+    }
+
+    /// The contents in single precision, to be changed.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for another type.
+    pub(crate) fn floats_mut(&mut self) -> Result<&mut [f32], Error> {
+        self.check_floats()?;
+        Ok(self.slice_mut())
+    }
+
+    fn check_floats(&self) -> Result<(), Error> {
+        let message = || "state is read and set in fp32 tensors".to_owned();
+        if self.dtype == Dtype::F32 { Ok(()) } else { Err(Error::Argument(message())) }
     }
 
     fn slice<T>(&self) -> &[T] {

@@ -148,7 +148,12 @@ impl Bench {
         let numel = arguments.parameters.div_ceil(PARAMETERS);
         let bytes = move |elements| recipe.record_bytes(elements).unwrap_or(usize::MAX);
         let state = StateSize::Cut { elements: recipe.cut_elements(), bytes: Arc::new(bytes) };
-        let spec = |index| ParameterSpec { name: format!("p{index}"), numel, state: state.clone() };
+        let spec = |index| ParameterSpec {
+            name: format!("p{index}"),
+            numel,
+            state: state.clone(),
+            begins_tile: false,
+        };
         let specs: Vec<ParameterSpec> = (0..PARAMETERS).map(spec).collect();
         let options = PlanOptions {
             memory_bytes: usize::try_from(arguments.memory.0).unwrap_or(usize::MAX),

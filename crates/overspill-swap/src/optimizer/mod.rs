@@ -16,6 +16,7 @@
 //! [`OptimizerSwapper::roll_back`] brings the committed one back.
 
 mod error;
+mod extend;
 mod gradient;
 mod packing;
 mod phases;
@@ -445,6 +446,18 @@ impl OptimizerSwapper {
             self.new.extend(parts.filter(|(_, part)| part.parameter == parameter).map(|(i, _)| (index, i)));
         }
         Ok(())
+    }
+
+    /// Whether a parameter has no state: no pass that changes it has seen it, or it was purged.
+    ///
+    /// # Errors
+    /// [`OptimizerError::NoParameter`].
+    pub fn is_new(&self, parameter: usize) -> Result<bool, OptimizerError> {
+        let mut tiles = self.tiles(parameter)?;
+        Ok(tiles.all(|index| {
+            let mut parts = self.plan.tiles[index].parts.iter().enumerate();
+            parts.all(|(i, part)| part.parameter != parameter || self.new.contains(&(index, i)))
+        }))
     }
 
     /// Waits for every write that is under way, and learns how it ended.

@@ -25,6 +25,9 @@ pub struct ParameterSpec {
     pub numel: usize,
     /// How much state it has, and where that may be cut.
     pub state: StateSize,
+    /// Whether it begins a tile, whatever room the last one has: the first parameter that was added to others later does,
+    /// so that the others' tiles stay what they are.
+    pub begins_tile: bool,
 }
 
 /// How many bytes of state so many elements have.
@@ -135,6 +138,9 @@ pub fn pack(specs: &[ParameterSpec], tile_bytes: usize) -> Vec<Tile> {
     let mut tile = Tile::default();
     for (parameter, spec) in specs.iter().enumerate() {
         let mut next = 0;
+        if spec.begins_tile && !tile.parts.is_empty() {
+            tiles.push(std::mem::take(&mut tile));
+        }
         while next < spec.numel {
             let left = spec.numel - next;
             let bytes = spec.state.bytes(left);
@@ -182,7 +188,12 @@ mod tests {
         ];
         let spec = (1usize..20_000, size);
         prop::collection::vec(spec, 0..20).prop_map(|specs| {
-            let named = |(i, (numel, state))| ParameterSpec { name: format!("{i}"), numel, state };
+            let named = |(i, (numel, state))| ParameterSpec {
+                name: format!("{i}"),
+                numel,
+                state,
+                begins_tile: false,
+            };
             specs.into_iter().enumerate().map(named).collect()
         })
     }

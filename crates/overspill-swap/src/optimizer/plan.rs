@@ -162,10 +162,14 @@ impl OptimizerPlan {
     /// Bytes that the store will take.
     pub fn storage_bytes(&self, durability: Durability) -> u64 {
         let state = self.tiles.iter().map(Tile::bytes);
-        let gradients = self.tiles.iter().zip(&self.kept).filter(|(_, kept)| !**kept);
-        let gradients = gradients.filter_map(|(tile, _)| self.gradient_tile_bytes(tile));
-        Store::capacity_for(durability, Worth::State, state)
-            + Store::capacity_for(durability, Worth::Scratch, gradients)
+        Store::capacity_for(durability, Worth::State, state) + self.gradient_storage_bytes(durability)
+    }
+
+    /// Bytes that the store will take for gradients.
+    pub(crate) fn gradient_storage_bytes(&self, durability: Durability) -> u64 {
+        let moving = self.tiles.iter().zip(&self.kept).filter(|(_, kept)| !**kept);
+        let gradients = moving.filter_map(|(tile, _)| self.gradient_tile_bytes(tile));
+        Store::capacity_for(durability, Worth::Scratch, gradients)
     }
 
     /// Tiles that load ahead, and tiles that store behind.
@@ -218,7 +222,12 @@ mod tests {
     fn specs(count: usize) -> Vec<ParameterSpec> {
         let state = StateSize::per_element(10);
         (0..count)
-            .map(|i| ParameterSpec { name: format!("p{i}"), numel: 1_000_003, state: state.clone() })
+            .map(|i| ParameterSpec {
+                name: format!("p{i}"),
+                numel: 1_000_003,
+                state: state.clone(),
+                begins_tile: false,
+            })
             .collect()
     }
 

@@ -22,9 +22,19 @@ fn specs() -> Vec<ParameterSpec> {
     let mut specs: Vec<ParameterSpec> = lengths
         .into_iter()
         .enumerate()
-        .map(|(i, numel)| ParameterSpec { name: format!("p{i}"), numel, state: state.clone() })
+        .map(|(i, numel)| ParameterSpec {
+            name: format!("p{i}"),
+            numel,
+            state: state.clone(),
+            begins_tile: false,
+        })
         .collect();
-    specs.push(ParameterSpec { name: "matrix".to_owned(), numel: 9000, state: StateSize::Whole(50_000) });
+    specs.push(ParameterSpec {
+        name: "matrix".to_owned(),
+        numel: 9000,
+        state: StateSize::Whole(50_000),
+        begins_tile: false,
+    });
     specs
 }
 
@@ -382,4 +392,64 @@ fn small_state_is_not_worth_moving_on_its_own() {
     assert!(!is_swappable((1 << 20) - 1, 4096));
     assert!(is_swappable(1 << 20, 1 << 20));
     assert!(!is_swappable(1 << 20, 2 << 20));
+}
+
+#[test]
+fn parameters_that_are_added_later_leave_the_state_of_the_others_as_it_is() {
+    for kept_of_ten in [0, 5, 10] {
+        let options = options(kept_of_ten, 2);
+        let mut rig = Rig::new(&options, Durability::Step);
+        take_step(&mut rig.swapper, 1);
+        let before = rig.state();
+
+        let mut more = specs();
+        for (index, numel) in [30_000, 3].into_iter().enumerate() {
+            let state = StateSize::per_element(STATE_BYTES);
+            more.push(ParameterSpec { name: format!("more{index}"), numel, state, begins_tile: index == 0 });
+        }
+        let plan = |options: &PlanOptions| OptimizerPlan::new(&more, options).unwrap();
+        let larger = PlanOptions { memory_bytes: options.memory_bytes + (1 << 20), ..options };
+        let Rig { swapper, engine, folder } = rig;
+        let mut swapper = swapper.extend(&more, plan(&larger)).unwrap();
+        let mut after = vec![Vec::new(); more.len()];
+        let mut collect = |swapper: &mut OptimizerSwapper| {
+            after.iter_mut().for_each(Vec::clear);
+            let look = |parameter: usize, _: Range<usize>, bytes: &[u8]| {
+                after[parameter].extend_from_slice(bytes);
+                Ok::<(), String>(())
+            };
+            swapper.read(|_| true, look).unwrap();
+            after.clone()
+        };
+        let found = collect(&mut swapper);
+        assert_eq!(found[..before.len()], before, "kept {kept_of_ten}/10");
+        assert!(found[before.len()..].iter().all(Vec::is_empty), "nobody has given the new ones any state");
+
+        let fill = |part: PartView<'_>| {
+            assert!(part.is_new);
+            part.state.fill(9);
+            Ok::<(), String>(())
+        };
+        swapper.edit(|parameter| parameter >= before.len(), fill).unwrap();
+        swapper.commit(&json!(null)).unwrap();
+        let committed = collect(&mut swapper);
+        drop((swapper, engine));
+
+        let pool = Pool::new(&plan(&larger).classes()).unwrap();
+        let engine = Engine::start(EngineConfig::default(), &pool).unwrap();
+        let store = Store::open(&path(&folder), Durability::Step, &engine).unwrap();
+        let mut swapper = OptimizerSwapper::open(&more, plan(&larger), &store, &pool).unwrap();
+        assert_eq!(collect(&mut swapper), committed);
+    }
+}
+
+#[test]
+fn an_extension_of_other_parameters_is_refused() {
+    let options = options(0, 1);
+    let rig = Rig::new(&options, Durability::None);
+    let mut others = specs();
+    others[1].numel += 1;
+    let plan = OptimizerPlan::new(&others, &options).unwrap();
+    let refused = rig.swapper.extend(&others, plan);
+    assert!(matches!(refused, Err(OptimizerError::OtherParameters { .. })), "{refused:?}");
 }

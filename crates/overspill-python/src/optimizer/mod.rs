@@ -1,0 +1,297 @@
+//! `overspill._native.Optimizer`: swapped optimizer state behind a Python object.
+//!
+//! The object knows nothing of gradients to come, parameter groups or schedules: each call brings what it needs, and the
+//! classes in `python/overspill/optim` decide. `_native.pyi` says what a Python caller sees of it.
+
+#![expect(clippy::needless_pass_by_value, reason = "arguments come from Python by value")]
+
+mod coefficients;
+mod recipe;
+mod swapped;
+mod weights;
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use overspill_io::BackendChoice;
+use overspill_optim::Isa;
+use overspill_swap::Durability;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyMapping};
+use serde_json::Value;
+
+use self::coefficients::Group;
+use self::recipe::{Described, Formats};
+use self::swapped::{Entry, Options, Shown, Swapped};
+use crate::border::{Owned, outside};
+use crate::error::Error;
+use crate::tensor::Tensor;
+
+/// Swapped optimizer state; `_native.pyi` describes every method.
+#[pyclass(module = "overspill._native", frozen)]
+#[derive(Debug)]
+pub(crate) struct Optimizer {
+    /// `None` once it is closed.
+    swapped: Mutex<Option<Owned<Swapped>>>,
+}
+
+/// `(parameter, group, step, weight, gradient)`.
+type GivenEntry<'py> = (usize, usize, u64, Bound<'py, PyAny>, Bound<'py, PyAny>);
+/// `(parameter, weight, {field: tensor})`.
+type GivenState<'py> = (usize, Bound<'py, PyAny>, Bound<'py, PyMapping>);
+
+#[pymethods]
+impl Optimizer {
+    #[staticmethod]
+    #[pyo3(signature = (directories, parameters, *, memory_bytes, moments = "float32", stochastic = false,
+        initial_accumulator = 0.0, durability = "step", backend = "auto", depth = None, tile_bytes = None,
+        resident_bytes_max = None))]
+    #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
+    fn create(
+        py: Python<'_>,
+        directories: Vec<PathBuf>,
+        parameters: Vec<Described>,
+        memory_bytes: usize,
+        moments: &str,
+        stochastic: bool,
+        initial_accumulator: f32,
+        durability: &str,
+        backend: &str,
+        depth: Option<usize>,
+        tile_bytes: Option<usize>,
+        resident_bytes_max: Option<usize>,
+    ) -> PyResult<Self> {
+        let formats = Formats { moments: Formats::moments(moments)?, stochastic, initial_accumulator };
+        let (durability, backend) = (durability_of(durability)?, backend_of(backend)?);
+        let options = Options {
+            directories,
+            formats,
+            durability,
+            backend,
+            memory_bytes,
+            resident_bytes_max,
+            depth,
+            tile_bytes,
+        };
+        outside(py, || Swapped::create(parameters, options)).map(Self::over)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (directories, parameters, weights, *, memory_bytes, moments = "float32",
+        stochastic = false, initial_accumulator = 0.0, durability = "step", backend = "auto", depth = None,
+        resident_bytes_max = None))]
+    #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
+    fn open(
+        py: Python<'_>,
+        directories: Vec<PathBuf>,
+        parameters: Vec<Described>,
+        weights: Vec<Bound<'_, PyAny>>,
+        memory_bytes: usize,
+        moments: &str,
+        stochastic: bool,
+        initial_accumulator: f32,
+        durability: &str,
+        backend: &str,
+        depth: Option<usize>,
+        resident_bytes_max: Option<usize>,
+    ) -> PyResult<Self> {
+        let formats = Formats { moments: Formats::moments(moments)?, stochastic, initial_accumulator };
+        let (durability, backend) = (durability_of(durability)?, backend_of(backend)?);
+        let options = Options {
+            directories,
+            formats,
+            durability,
+            backend,
+            memory_bytes,
+            resident_bytes_max,
+            depth,
+            tile_bytes: None,
+        };
+        let mut weights = tensors(&weights)?;
+        outside(py, || Swapped::open(parameters, &mut weights, options)).map(Self::over)
+    }
+
+    #[staticmethod]
+    fn committed(py: Python<'_>, directory: PathBuf) -> PyResult<String> {
+        outside(py, || Swapped::committed(&directory)).map(|meta| meta.to_string())
+    }
+
+    #[pyo3(signature = (groups, entries, scale = 1.0))]
+    fn step(
+        &self,
+        py: Python<'_>,
+        groups: Vec<Group>,
+        entries: Vec<GivenEntry<'_>>,
+        scale: f32,
+    ) -> PyResult<()> {
+        let mut entries = entries
+            .into_iter()
+            .map(|(parameter, group, step, weight, gradient)| {
+                let (weight, gradient) = (Tensor::of(&weight)?, Tensor::of(&gradient)?);
+                Ok(Entry { parameter, group, step, weight, gradient })
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        self.with(py, |swapped| swapped.step(&groups, &mut entries, scale))
+    }
+
+    fn prefetch(&self, py: Python<'_>) -> PyResult<()> {
+        self.with(py, Swapped::prefetch)
+    }
+
+    fn settle(&self, py: Python<'_>) -> PyResult<()> {
+        self.with(py, Swapped::settle)
+    }
+
+    fn fields(&self, py: Python<'_>, parameter: usize) -> PyResult<Vec<(&'static str, Vec<usize>)>> {
+        self.with(py, |swapped| swapped.fields(parameter))
+    }
+
+    fn is_new(&self, py: Python<'_>, parameter: usize) -> PyResult<bool> {
+        self.with(py, |swapped| swapped.is_new(parameter))
+    }
+
+    fn read_state(&self, py: Python<'_>, wanted: Vec<GivenState<'_>>) -> PyResult<()> {
+        let mut wanted = shown(wanted)?;
+        self.with(py, |swapped| swapped.read_state(&mut wanted))
+    }
+
+    fn write_state(&self, py: Python<'_>, given: Vec<GivenState<'_>>) -> PyResult<()> {
+        let mut given = shown(given)?;
+        self.with(py, |swapped| swapped.write_state(&mut given))
+    }
+
+    fn purge(&self, py: Python<'_>, parameter: usize) -> PyResult<()> {
+        self.with(py, |swapped| swapped.purge(parameter))
+    }
+
+    fn extend(&self, py: Python<'_>, parameters: Vec<Described>) -> PyResult<()> {
+        self.with(py, |swapped| swapped.extend(parameters))
+    }
+
+    fn commit(&self, py: Python<'_>, weights: Vec<Bound<'_, PyAny>>, meta: &str) -> PyResult<()> {
+        let meta: Value =
+            serde_json::from_str(meta).map_err(|error| Error::Argument(format!("meta: {error}")))?;
+        let weights = tensors(&weights)?;
+        self.with(py, |swapped| swapped.commit(&weights, &meta))
+    }
+
+    fn roll_back(&self, py: Python<'_>, weights: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
+        let mut weights = tensors(&weights)?;
+        self.with(py, |swapped| swapped.roll_back(&mut weights))
+    }
+
+    fn meta(&self, py: Python<'_>) -> PyResult<String> {
+        self.with(py, |swapped| Ok(swapped.meta().to_string()))
+    }
+
+    fn snapshot(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+        self.with(py, |swapped| Ok(swapped.store().snapshot(name)?))
+    }
+
+    fn delete_snapshot(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+        self.with(py, |swapped| Ok(swapped.store().delete_snapshot(name)?))
+    }
+
+    fn snapshots(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        self.with(py, |swapped| Ok(swapped.store().snapshots()))
+    }
+
+    fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let (report, stats, generation, phases, sizes) = self.with(py, |swapped| {
+            let swapper = swapped.swapper()?;
+            let plan = swapper.plan();
+            let sizes = [
+                ("state_bytes", plan.state_bytes()),
+                ("resident_bytes", plan.kept_bytes()),
+                ("memory_bytes", plan.total_bytes() + weights::MEMORY_BYTES),
+                ("depth", plan.depth()),
+                ("tile_bytes", plan.tile_bytes()),
+            ];
+            let store = swapped.store();
+            Ok((swapped.engine_report(), store.stats(), store.generation(), swapper.phases(), sizes))
+        })?;
+        let told = PyDict::new(py);
+        told.set_item("backend", report.backend.to_string())?;
+        told.set_item("degraded_reason", report.degraded)?;
+        for (name, size) in sizes {
+            told.set_item(name, size)?;
+        }
+        told.set_item("bytes_read", stats.bytes_read)?;
+        told.set_item("bytes_written", stats.bytes_written)?;
+        told.set_item("seconds_load", phases.swap_in.as_secs_f64())?;
+        told.set_item("seconds_compute", phases.compute.as_secs_f64())?;
+        told.set_item("seconds_store", phases.swap_out.as_secs_f64())?;
+        told.set_item("passes", phases.passes)?;
+        told.set_item("generation", generation)?;
+        Ok(told)
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        outside(py, || {
+            let closed = self.swapped.lock().unwrap_or_else(PoisonError::into_inner).take();
+            drop(closed);
+            Ok::<_, Error>(())
+        })
+    }
+}
+
+impl Optimizer {
+    fn over(swapped: Swapped) -> Self {
+        Self { swapped: Mutex::new(Some(Owned::new(swapped))) }
+    }
+
+    /// Does `work` with the GIL released, alone.
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&mut Swapped) -> Result<T, Error> + Send,
+    ) -> PyResult<T> {
+        outside(py, || {
+            let mut swapped = self.swapped.lock().map_err(|_| {
+                Error::State("an earlier call ended in a bug: make the optimizer anew".to_owned())
+            })?;
+            let swapped =
+                swapped.as_mut().ok_or_else(|| Error::State("the optimizer is closed".to_owned()))?;
+            work(swapped.get_mut()?)
+        })
+    }
+}
+
+/// The global 2-norm of gradients.
+#[pyfunction]
+pub(crate) fn norm(py: Python<'_>, gradients: Vec<Bound<'_, PyAny>>) -> PyResult<f64> {
+    let gradients = tensors(&gradients)?;
+    outside(py, || {
+        let isa = Isa::detect();
+        let squares = gradients.iter().map(|gradient| Ok(gradient.gradient()?.sum_of_squares(isa)));
+        Ok::<_, Error>(squares.sum::<Result<f64, Error>>()?.sqrt())
+    })
+}
+
+fn tensors(objects: &[Bound<'_, PyAny>]) -> PyResult<Vec<Tensor>> {
+    objects.iter().map(Tensor::of).collect()
+}
+
+fn shown(given: Vec<GivenState<'_>>) -> PyResult<Vec<Shown>> {
+    let field = |item: Bound<'_, PyAny>| {
+        let (name, tensor): (String, Bound<'_, PyAny>) = item.extract()?;
+        Ok((name, Tensor::of(&tensor)?))
+    };
+    let one = |(parameter, weight, fields): GivenState<'_>| {
+        let fields = fields.items()?.iter().map(field).collect::<PyResult<Vec<_>>>()?;
+        Ok(Shown { parameter, weight: Tensor::of(&weight)?, fields })
+    };
+    given.into_iter().map(one).collect()
+}
+
+fn durability_of(name: &str) -> Result<Durability, Error> {
+    match name {
+        "step" => Ok(Durability::Step),
+        "none" => Ok(Durability::None),
+        _ => Err(Error::Argument(format!("durability is {name:?}, but must be 'step' or 'none'"))),
+    }
+}
+
+fn backend_of(name: &str) -> Result<BackendChoice, Error> {
+    name.parse().map_err(|unknown| Error::Argument(format!("{unknown}")))
+}

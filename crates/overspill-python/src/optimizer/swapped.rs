@@ -1,0 +1,493 @@
+//! The optimizer behind the Python object: parameters in the caller's memory, their state in a store.
+
+use std::path::{Path, PathBuf};
+
+use overspill_io::{BackendChoice, Engine, EngineConfig, EngineReport, Pool};
+use overspill_optim::{Gradient, Isa, Weights};
+use overspill_swap::optimizer::{
+    OptimizerError, OptimizerPlan, OptimizerSwapper, ParameterSpec, PartView, PlanOptions, TooSmall,
+};
+use overspill_swap::{Durability, Store, Volume};
+use serde_json::{Value, json};
+
+use super::coefficients::{Coefficients, Group};
+use super::recipe::{Described, Formats, Moment, Parameter};
+use super::weights;
+use crate::error::Error;
+use crate::tensor::Tensor;
+
+/// What a user decides when the object is made.
+#[derive(Debug)]
+pub(super) struct Options {
+    pub(super) directories: Vec<PathBuf>,
+    pub(super) formats: Formats,
+    pub(super) durability: Durability,
+    pub(super) backend: BackendChoice,
+    /// All the memory that the state may take, in bytes.
+    pub(super) memory_bytes: usize,
+    pub(super) resident_bytes_max: Option<usize>,
+    pub(super) depth: Option<usize>,
+    pub(super) tile_bytes: Option<usize>,
+}
+
+/// One parameter of a step.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) parameter: usize,
+    pub(super) group: usize,
+    /// Counted from 1.
+    pub(super) step: u64,
+    pub(super) weight: Tensor,
+    pub(super) gradient: Tensor,
+}
+
+/// One parameter whose state is read or set: single-precision tensors by the names of what they are.
+#[derive(Debug)]
+pub(super) struct Shown {
+    pub(super) parameter: usize,
+    pub(super) weight: Tensor,
+    pub(super) fields: Vec<(String, Tensor)>,
+}
+
+/// The name of the fp32 master among the fields of a state.
+pub(super) const MASTER: &str = "master";
+
+/// Swapped optimizer state, and the parameters that it is of.
+#[derive(Debug)]
+pub(super) struct Swapped {
+    parameters: Vec<Parameter>,
+    described: Vec<Described>,
+    options: Options,
+    isa: Isa,
+    /// `None` when it was lost while parameters were added.
+    swapper: Option<OptimizerSwapper>,
+    /// For weights on their way.
+    pool: Pool,
+    store: Store,
+    engines: Vec<Engine>,
+}
+
+impl Swapped {
+    pub(super) fn create(described: Vec<Described>, options: Options) -> Result<Self, Error> {
+        let parameters = parameters(&described, &options.formats, &[])?;
+        let specs = specs(&parameters)?;
+        let plan = plan(&parameters, &specs, &options)?;
+        let (pool, engines) = start(&options)?;
+        let volumes = volumes(&options.directories, &engines);
+        let storage_bytes = plan.storage_bytes(options.durability);
+        let store = Store::create_over(&volumes, options.durability, storage_bytes)?;
+        let tiles = Pool::new(&plan.classes())?;
+        let swapper = Some(OptimizerSwapper::create(&specs, plan, &store, &tiles)?);
+        Ok(Self { parameters, described, options, isa: Isa::detect(), swapper, pool, store, engines })
+    }
+
+    /// Takes up what was committed, and fills `weights`.
+    pub(super) fn open(
+        described: Vec<Described>,
+        weights: &mut [Tensor],
+        options: Options,
+    ) -> Result<Self, Error> {
+        let home = options.directories.first().ok_or_else(no_directory)?;
+        let committed = Store::committed(home)?.meta;
+        let found = &committed["meta"];
+        let begins: Vec<usize> = serde_json::from_value(found["begins_tile"].clone())
+            .map_err(|_| Error::State(format!("{} has no state of this kind", home.display())))?;
+        let expected = identity(&described, &options.formats, &begins);
+        if let Some(difference) = difference(found, &expected) {
+            return Err(Error::State(format!(
+                "{} has the state of another optimizer: {difference}",
+                home.display()
+            )));
+        }
+        let parameters = parameters(&described, &options.formats, &begins)?;
+        let specs = specs(&parameters)?;
+        let tile_bytes = OptimizerSwapper::tile_bytes(&committed);
+        let options = Options { tile_bytes, ..options };
+        let plan = plan(&parameters, &specs, &options)?;
+        let (pool, engines) = start(&options)?;
+        let store = Store::open_over(&volumes(&options.directories, &engines), options.durability)?;
+        let tiles = Pool::new(&plan.classes())?;
+        let swapper = Some(OptimizerSwapper::open(&specs, plan, &store, &tiles)?);
+        let opened =
+            Self { parameters, described, options, isa: Isa::detect(), swapper, pool, store, engines };
+        opened.check_weights(weights)?;
+        weights::load(&opened.store, &opened.pool, weights)?;
+        Ok(opened)
+    }
+
+    /// What went with the last commit in a directory.
+    pub(super) fn committed(directory: &Path) -> Result<Value, Error> {
+        Ok(Store::committed(directory)?.meta["meta"]["user"].clone())
+    }
+
+    /// Adds parameters behind those that are there.
+    pub(super) fn extend(&mut self, described: Vec<Described>) -> Result<(), Error> {
+        let mut begins = self.begins_tile();
+        if !described.is_empty() {
+            begins.push(self.parameters.len());
+        }
+        let all: Vec<_> = self.described.iter().cloned().chain(described).collect();
+        let parameters = parameters(&all, &self.options.formats, &begins)?;
+        let specs = specs(&parameters)?;
+        let swapper = self.swapper.as_ref().ok_or(OptimizerError::Lost)?;
+        self.options.tile_bytes = Some(swapper.plan().tile_bytes());
+        let plan = plan(&parameters, &specs, &self.options)?;
+        // Those of an earlier commit have their room in the store, too.
+        let weights = weights::storage_bytes(self.options.durability, weight_bytes(&parameters));
+        self.store.provide(plan.storage_bytes(self.options.durability) + weights)?;
+        let swapper = self.swapper.take().ok_or(OptimizerError::Lost)?;
+        self.swapper = Some(swapper.extend(&specs, plan)?);
+        (self.parameters, self.described) = (parameters, all);
+        Ok(())
+    }
+
+    /// Updates the parameters of `entries`; every gradient is multiplied by `scale`.
+    pub(super) fn step(&mut self, groups: &[Group], entries: &mut [Entry], scale: f32) -> Result<(), Error> {
+        let mut entry_of = vec![None; self.parameters.len()];
+        for (index, entry) in entries.iter().enumerate() {
+            let parameter = self.check_weight(entry.parameter, &entry.weight)?;
+            let name = &parameter.name;
+            let elements = entry.gradient.gradient()?.len();
+            if elements != parameter.numel {
+                let numel = parameter.numel;
+                let message =
+                    format!("the gradient of {name} has {elements} elements, the parameter {numel}");
+                return Err(Error::Argument(message));
+            }
+            if groups.get(entry.group).is_none() {
+                return Err(Error::Argument(format!(
+                    "{name} is in group {}, which was not given",
+                    entry.group
+                )));
+            }
+            if entry_of[entry.parameter].replace(index).is_some() {
+                return Err(Error::Argument(format!("{name} was given twice")));
+            }
+        }
+        let (parameters, isa) = (&self.parameters, self.isa);
+        let swapper = self.swapper.as_mut().ok_or(OptimizerError::Lost)?;
+        let wants = |parameter: usize| entry_of[parameter].is_some();
+        swapper.step(wants, |mut part| {
+            let Some(index) = entry_of[part.parameter] else { return Ok(()) };
+            let Entry { group, step, weight, gradient, .. } = &mut entries[index];
+            let parameter = &parameters[part.parameter];
+            let elements = part.elements.clone();
+            if part.is_new {
+                begin(isa, parameter, &mut part, weight)?;
+            }
+            let coefficients = Coefficients::new(&groups[*group], *step, scale);
+            let gradient = gradient.gradient_of(elements.clone())?;
+            parameter.apply(isa, &coefficients, &mut part, weight.weights_of(elements)?, gradient)
+        })?;
+        Ok(())
+    }
+
+    /// Begins to load what the next step needs first.
+    pub(super) fn prefetch(&mut self) -> Result<(), Error> {
+        Ok(self.swapper.as_mut().ok_or(OptimizerError::Lost)?.prefetch()?)
+    }
+
+    /// Waits for every write.
+    pub(super) fn settle(&mut self) -> Result<(), Error> {
+        Ok(self.swapper.as_mut().ok_or(OptimizerError::Lost)?.settle()?)
+    }
+
+    /// The moments of a parameter, and whether it has a master.
+    pub(super) fn fields(&self, parameter: usize) -> Result<Vec<Moment>, Error> {
+        let shape = &self.described.get(parameter).ok_or_else(|| self.no_parameter(parameter))?.1;
+        let found = &self.parameters[parameter];
+        let mut fields = found.moments(shape);
+        if found.has_master() {
+            fields.insert(0, (MASTER, shape.clone()));
+        }
+        Ok(fields)
+    }
+
+    /// Whether a parameter has no state yet.
+    pub(super) fn is_new(&self, parameter: usize) -> Result<bool, Error> {
+        Ok(self.swapper.as_ref().ok_or(OptimizerError::Lost)?.is_new(parameter)?)
+    }
+
+    /// Fills tensors with state.
+    pub(super) fn read_state(&mut self, wanted: &mut [Shown]) -> Result<(), Error> {
+        let at = self.check_shown(wanted)?;
+        let parameters = &self.parameters;
+        let swapper = self.swapper.as_mut().ok_or(OptimizerError::Lost)?;
+        let mut record = Vec::<u64>::new();
+        swapper.read(
+            |parameter| at[parameter].is_some(),
+            |index, elements, state| {
+                let Some(place) = at[index] else { return Ok(()) };
+                let Shown { weight, fields, .. } = &mut wanted[place];
+                let parameter = &parameters[index];
+                for (name, out) in fields {
+                    let out = out.floats_mut()?;
+                    if name == MASTER {
+                        // Numbers are looked at where they are aligned.
+                        let state = aligned(&mut record, state);
+                        let weights = weight.weights_of(elements.clone())?;
+                        parameter.read_masters(state, weights, &mut out[elements.clone()])?;
+                    } else {
+                        parameter.read_moment(state, elements.clone(), name, out)?;
+                    }
+                }
+                Ok::<_, Error>(())
+            },
+        )?;
+        Ok(())
+    }
+
+    /// Sets state, and weights where a master is given; fields that are missing begin anew.
+    pub(super) fn write_state(&mut self, given: &mut [Shown]) -> Result<(), Error> {
+        let at = self.check_shown(given)?;
+        let (parameters, isa) = (&self.parameters, self.isa);
+        let swapper = self.swapper.as_mut().ok_or(OptimizerError::Lost)?;
+        swapper.edit(
+            |parameter| at[parameter].is_some(),
+            |mut part| {
+                let Some(place) = at[part.parameter] else { return Ok(()) };
+                let Shown { weight, fields, .. } = &mut given[place];
+                let parameter = &parameters[part.parameter];
+                let elements = part.elements.clone();
+                part.state.fill(0);
+                match fields.iter().find(|(name, _)| name == MASTER) {
+                    Some((_, master)) => {
+                        let values = Gradient::F32(&master.floats()?[elements.clone()]);
+                        parameter.initialize(isa, &mut part, weight.weights_of(elements.clone())?, values)?;
+                    }
+                    None => begin(isa, parameter, &mut part, weight)?,
+                }
+                for (name, values) in fields.iter().filter(|(name, _)| name != MASTER) {
+                    parameter.write_moment(part.state, elements.clone(), name, values.floats()?)?;
+                }
+                Ok::<_, Error>(())
+            },
+        )?;
+        Ok(())
+    }
+
+    /// Drops the state of a parameter.
+    pub(super) fn purge(&mut self, parameter: usize) -> Result<(), Error> {
+        Ok(self.swapper.as_mut().ok_or(OptimizerError::Lost)?.purge(parameter)?)
+    }
+
+    /// Makes state and weights the next generation.
+    pub(super) fn commit(&mut self, tensors: &[Tensor], user: &Value) -> Result<(), Error> {
+        self.check_weights(tensors)?;
+        let durability = self.options.durability;
+        if durability == Durability::None {
+            let message = "durability is 'none': make the optimizer with durability='step' to commit";
+            return Err(Error::State(message.to_owned()));
+        }
+        let begins = self.begins_tile();
+        let swapper = self.swapper.as_mut().ok_or(OptimizerError::Lost)?;
+        let weights_bytes = weights::storage_bytes(durability, weight_bytes(&self.parameters));
+        let needed = swapper.plan().storage_bytes(durability) + weights_bytes;
+        self.store.provide(needed)?;
+        weights::store(&self.store, &self.pool, tensors)?;
+        let mut meta = identity(&self.described, &self.options.formats, &begins);
+        meta["user"] = user.clone();
+        swapper.commit(&meta)?;
+        self.store.keep();
+        Ok(())
+    }
+
+    /// Goes back to the last commit.
+    pub(super) fn roll_back(&mut self, tensors: &mut [Tensor]) -> Result<(), Error> {
+        self.check_weights(tensors)?;
+        self.swapper.as_mut().ok_or(OptimizerError::Lost)?.roll_back()?;
+        weights::load(&self.store, &self.pool, tensors)
+    }
+
+    /// What went with the last commit.
+    pub(super) fn meta(&self) -> Value {
+        self.store.meta()["meta"]["user"].clone()
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub(super) fn swapper(&self) -> Result<&OptimizerSwapper, Error> {
+        Ok(self.swapper.as_ref().ok_or(OptimizerError::Lost)?)
+    }
+
+    pub(super) fn engine_report(&self) -> EngineReport {
+        self.engines[0].report()
+    }
+
+    fn begins_tile(&self) -> Vec<usize> {
+        let parameters = self.parameters.iter().enumerate();
+        parameters.filter(|(_, parameter)| parameter.begins_tile).map(|(index, _)| index).collect()
+    }
+
+    fn no_parameter(&self, parameter: usize) -> Error {
+        OptimizerError::NoParameter { parameter, count: self.parameters.len() }.into()
+    }
+
+    fn check_weight(&self, index: usize, weight: &Tensor) -> Result<&Parameter, Error> {
+        let parameter = self.parameters.get(index).ok_or_else(|| self.no_parameter(index))?;
+        if weight.dtype() != parameter.dtype || weight.numel() != parameter.numel {
+            let message = format!("{} has another type or another number of elements now", parameter.name);
+            return Err(Error::Argument(message));
+        }
+        Ok(parameter)
+    }
+
+    fn check_weights(&self, weights: &[Tensor]) -> Result<(), Error> {
+        if weights.len() != self.parameters.len() {
+            let (found, expected) = (weights.len(), self.parameters.len());
+            return Err(Error::Argument(format!("{found} weights were given for {expected} parameters")));
+        }
+        weights.iter().enumerate().try_for_each(|(index, weight)| self.check_weight(index, weight).map(drop))
+    }
+
+    /// Where each parameter is among `shown`.
+    fn check_shown(&self, shown: &[Shown]) -> Result<Vec<Option<usize>>, Error> {
+        let mut at = vec![None; self.parameters.len()];
+        for (place, Shown { parameter: index, weight, fields }) in shown.iter().enumerate() {
+            let parameter = self.check_weight(*index, weight)?;
+            let known = self.fields(*index)?;
+            for (name, tensor) in fields {
+                let shape = known.iter().find(|(known, _)| known == name).map(|(_, shape)| shape);
+                // A weight without another master may be given as one.
+                let numel = match shape {
+                    Some(shape) => shape.iter().product(),
+                    None if name == MASTER => parameter.numel,
+                    None => return Err(Error::Argument(format!("{} has no {name}", parameter.name))),
+                };
+                let found = tensor.floats()?.len();
+                if found != numel {
+                    let message = format!("{name} of {} has {found} elements, not {numel}", parameter.name);
+                    return Err(Error::Argument(message));
+                }
+            }
+            if at[*index].replace(place).is_some() {
+                return Err(Error::Argument(format!("{} was given twice", parameter.name)));
+            }
+        }
+        Ok(at)
+    }
+}
+
+/// Begins the state of a part with its weights as masters.
+fn begin(isa: Isa, parameter: &Parameter, part: &mut PartView<'_>, weight: &mut Tensor) -> Result<(), Error> {
+    let elements = part.elements.clone();
+    let mut initialize =
+        |weights: Weights<'_>, values: Gradient<'_>| parameter.initialize(isa, part, weights, values);
+    match weight.weights_of(elements)? {
+        Weights::F32(weights) => {
+            let values = weights.to_vec();
+            initialize(Weights::F32(weights), Gradient::F32(&values))
+        }
+        Weights::Bf16(weights) => {
+            let values = weights.to_vec();
+            initialize(Weights::Bf16(weights), Gradient::Bf16(&values))
+        }
+        Weights::F16(weights) => {
+            let values = weights.to_vec();
+            initialize(Weights::F16(weights), Gradient::F16(&values))
+        }
+    }
+}
+
+/// A copy of `bytes` where numbers may lie.
+fn aligned<'a>(room: &'a mut Vec<u64>, bytes: &[u8]) -> &'a mut [u8] {
+    room.resize(bytes.len().div_ceil(size_of::<u64>()), 0);
+    let copy = &mut bytemuck::cast_slice_mut(room)[..bytes.len()];
+    copy.copy_from_slice(bytes);
+    copy
+}
+
+fn parameters(described: &[Described], formats: &Formats, begins: &[usize]) -> Result<Vec<Parameter>, Error> {
+    let mut parameters =
+        described.iter().map(|one| Parameter::new(one, formats)).collect::<Result<Vec<_>, _>>()?;
+    for index in begins {
+        let parameter = parameters.get_mut(*index);
+        parameter.ok_or_else(|| Error::State("the state is of more parameters".to_owned()))?.begins_tile =
+            true;
+    }
+    Ok(parameters)
+}
+
+fn weight_bytes(parameters: &[Parameter]) -> usize {
+    parameters.iter().map(|parameter| parameter.numel * parameter.dtype.bytes()).sum()
+}
+
+fn specs(parameters: &[Parameter]) -> Result<Vec<ParameterSpec>, Error> {
+    parameters.iter().map(Parameter::spec).collect()
+}
+
+/// What has to be equal for a state to be that of these parameters.
+fn identity(described: &[Described], formats: &Formats, begins: &[usize]) -> Value {
+    let Formats { moments, stochastic, .. } = formats;
+    json!({
+        "parameters": described,
+        "moments": format!("{moments:?}"),
+        "stochastic": stochastic,
+        "begins_tile": begins,
+    })
+}
+
+/// In what two identities differ, in words.
+fn difference(found: &Value, expected: &Value) -> Option<String> {
+    let differs = |name: &str| found[name] != expected[name];
+    if differs("moments") || differs("stochastic") {
+        return Some("its moments or weights are stored in another format".to_owned());
+    }
+    let (found, expected) = (found["parameters"].as_array()?, expected["parameters"].as_array()?);
+    if found.len() != expected.len() {
+        return Some(format!("it has {} parameters, and {} were given", found.len(), expected.len()));
+    }
+    let mut pairs = found.iter().zip(expected);
+    pairs
+        .find(|(found, expected)| found != expected)
+        .map(|(found, expected)| format!("{found} there, {expected} here"))
+}
+
+/// Plans the memory: what moves weights, and the workspace of an update, come off first.
+fn plan(
+    parameters: &[Parameter],
+    specs: &[ParameterSpec],
+    options: &Options,
+) -> Result<OptimizerPlan, Error> {
+    let workspace = parameters.iter().map(Parameter::workspace_bytes).max().unwrap_or(0);
+    let besides = weights::MEMORY_BYTES + workspace;
+    let plan_options = PlanOptions {
+        memory_bytes: options.memory_bytes.saturating_sub(besides),
+        kept_bytes_max: options.resident_bytes_max,
+        depth: options.depth,
+        tile_bytes: options.tile_bytes,
+        gradient_bytes: None,
+    };
+    OptimizerPlan::new(specs, &plan_options).map_err(|error| {
+        let least_bytes = error.least_bytes.saturating_add(besides);
+        TooSmall { memory_bytes: options.memory_bytes, least_bytes }.into()
+    })
+}
+
+/// The memory for weights on their way, and an engine for each directory.
+fn start(options: &Options) -> Result<(Pool, Vec<Engine>), Error> {
+    if options.directories.is_empty() {
+        return Err(no_directory());
+    }
+    let pool = Pool::new(&[weights::CLASS])?;
+    let config = EngineConfig { backend: options.backend, ..EngineConfig::default() };
+    let engine = |_: &PathBuf| Engine::start(config.clone(), &pool);
+    let engines = options.directories.iter().map(engine).collect::<Result<_, _>>()?;
+    Ok((pool, engines))
+}
+
+fn no_directory() -> Error {
+    Error::Argument("at least one directory is needed".to_owned())
+}
+
+/// Every directory with its engine, and an equal share of the data.
+fn volumes(directories: &[PathBuf], engines: &[Engine]) -> Vec<Volume> {
+    let volume = |(directory, engine): (&PathBuf, &Engine)| Volume {
+        directory: directory.clone(),
+        engines: vec![engine.clone()],
+        weight: 1,
+    };
+    directories.iter().zip(engines).map(volume).collect()
+}
