@@ -7,6 +7,8 @@ OUT is a line of JSON, then raw little-endian numbers. The line lists the cases:
 step the tensors in the order in which they follow: parameter, gradient and state before, parameter and state after,
 each with its name and type (`f32` or `f64`). The state before a step is that after the last one, except in the first.
 
+A case that is `late` goes on with a step so much later after its first one.
+
 Inputs are random and meet zeros, signed zeros, subnormals, tiny and huge numbers. What PyTorch reduces in an order of its
 own (norms, products of matrices) is computed in `f64` on the same inputs: cases whose names end in `_f64`.
 
@@ -93,6 +95,14 @@ def cases():
     options = {"lr": 0.1, "lr_decay": 0.05, "weight_decay": 0.01, "initial_accumulator_value": 0.1, "eps": 1e-10}
     yield "adagrad", adagrad, options, vector, torch.float32
     yield "lion", Lion, {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}, vector, torch.float32
+    yield "adamw_late", adamw, {**ADAM, "weight_decay": 0.1, "late": 10**6}, vector, torch.float32
+    yield "adamw_still", adamw, {**ADAM, "lr": 0.0, "weight_decay": 0.1}, vector, torch.float32
+    wild = {"lr": 0.5, "betas": (0.0, 0.0), "eps": 1e-3, "weight_decay": 10.0}
+    yield "adamw_wild", adamw, wild, vector, torch.float32
+    yield "adam_late", adam, {**ADAM, "betas": (0.999, 0.9999999), "weight_decay": 3.0, "late": 40}, vector, torch.float32
+    yield "adagrad_late", adagrad, {**options, "late": 10**6}, vector, torch.float32
+    wild = {"lr": 3.0, "momentum": 0.999, "dampening": 0.5, "weight_decay": 2.0}
+    yield "sgd_wild", sgd, wild, vector, torch.float32
     options = {"lr": 1e-2, "beta2_decay": -0.8, "eps": (2.0**-23, 1e-3), "d": 1.0, "weight_decay": 0.1}
     for kind, dtype in [("", torch.float32), ("_f64", torch.float64)]:
         yield "adafactor_vector" + kind, adafactor, options, vector, dtype
@@ -133,11 +143,14 @@ def main() -> None:
         else:
             start = torch.randn(shape, generator=generator)
         parameter = torch.nn.Parameter(start.to(dtype))
-        optimizer = make([parameter], **options)
+        late = options.get("late", 0)
+        optimizer = make([parameter], **{k: v for k, v in options.items() if k != "late"})
         steps = []
         for number in range(STEPS):
             grad = values(shape, generator, edges) if edges else torch.randn(shape, generator=generator) * 10.0**-number
             state = optimizer.state[parameter]
+            if late and number > 0:
+                state["step"].fill_(number + late)
             # An `f64` run begins each step from what single precision can hold.
             with torch.no_grad():
                 for tensor in [parameter, *(x for x in state.values() if torch.is_tensor(x))]:

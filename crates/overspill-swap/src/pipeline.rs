@@ -50,7 +50,7 @@ impl<E> From<PoolError> for PipelineError<E> {
 
 /// Blocks that the pipeline holds at most at a time, as a multiple of what one item needs.
 pub fn items_in_memory(depth: usize) -> usize {
-    2 * depth + 1
+    depth.saturating_mul(2).saturating_add(1)
 }
 
 /// What a pipeline may hold.

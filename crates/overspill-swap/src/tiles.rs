@@ -187,7 +187,7 @@ pub fn store(tiles: Vec<Slot>, block: Block) -> Result<Vec<Slot>, StoreError> {
     Ok(kept.into_iter().filter_map(|kept| kept.or_else(|| storing.next())).collect())
 }
 
-/// Gives tiles the contents of `block`, and keeps them in its parts.
+/// Gives tiles the contents of `block`, and keeps them in its parts; those that stay in memory already take a copy.
 ///
 /// # Errors
 /// As [`store`].
@@ -196,7 +196,12 @@ pub fn keep(tiles: Vec<Slot>, block: Block) -> Result<Vec<Slot>, StoreError> {
         let tensor = match slot.settle()? {
             Slot::Vacant(tensor) => tensor.fill(part).map_err(|refused| refused.error)?,
             Slot::Swapped(tensor) => tensor.overwrite(part).map_err(|refused| refused.error)?,
-            slot => return Ok(slot),
+            Slot::Kept(tensor) => {
+                let mut tensor = tensor.edit();
+                tensor.bytes_mut().copy_from_slice(&part);
+                tensor
+            }
+            Slot::Loading(_) | Slot::Storing(_) | Slot::Saving(_) => unreachable!("it was settled"),
         };
         Ok(Slot::Kept(Kept::Dirty(tensor)))
     };

@@ -78,7 +78,10 @@ struct Coefficients {
     gradient_scale: f32,
     /// What multiplies the parameter (AdamW), or what the gradient gets of it (Adam).
     decay: f32,
+    /// The weight of the gradient in the running mean; less one when that is computed from the gradient's end, as it is
+    /// from the nearer one.
     exp_avg_weight: f32,
+    from_gradient: bool,
     beta2: f32,
     exp_avg_sq_weight: f32,
     step_size: f32,
@@ -90,10 +93,12 @@ impl Coefficients {
     fn new(config: &AdamWConfig, lr: f64, decay: f64, step: u64, gradient_scale: f32) -> Self {
         let AdamWConfig { beta1, beta2, eps } = *config;
         let step = step.max(1) as f64;
+        let weight = (1.0 - beta1) as f32;
         Self {
             gradient_scale,
             decay: decay as f32,
-            exp_avg_weight: (1.0 - beta1) as f32,
+            exp_avg_weight: if weight < 0.5 { weight } else { weight - 1.0 },
+            from_gradient: weight >= 0.5,
             beta2: beta2 as f32,
             exp_avg_sq_weight: (1.0 - beta2) as f32,
             step_size: (lr / (1.0 - beta1.powf(step))) as f32,
@@ -104,7 +109,8 @@ impl Coefficients {
 
     #[inline(always)]
     fn moments(&self, grad: f32, exp_avg: f32, exp_avg_sq: f32) -> (f32, f32) {
-        let exp_avg = (grad - exp_avg).mul_add(self.exp_avg_weight, exp_avg);
+        let nearer = if self.from_gradient { grad } else { exp_avg };
+        let exp_avg = (grad - exp_avg).mul_add(self.exp_avg_weight, nearer);
         let exp_avg_sq = (self.exp_avg_sq_weight * grad).mul_add(grad, exp_avg_sq * self.beta2);
         (exp_avg, exp_avg_sq)
     }

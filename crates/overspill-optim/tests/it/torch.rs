@@ -48,6 +48,12 @@ impl Case {
         self.options[option].as_bool().unwrap_or(false)
     }
 
+    /// Steps behind the first one may be much later ones.
+    fn step_number(&self, index: usize) -> u64 {
+        let late = if index > 0 { self.number("late") as u64 } else { 0 };
+        index as u64 + 1 + late
+    }
+
     fn beta(&self, index: usize) -> f64 {
         self.options["betas"][index].as_f64().unwrap()
     }
@@ -161,7 +167,7 @@ fn element_wise_rules_match_pytorch_to_one_unit_in_the_last_place() {
     let (mut compared, mut different) = (0, 0);
     for case in cases(11) {
         for (index, step) in case.steps.iter().enumerate() {
-            let Some((rule, coefficients)) = rule(&case, index as u64 + 1) else { continue };
+            let Some((rule, coefficients)) = rule(&case, case.step_number(index)) else { continue };
             let recipe = Recipe::new(rule, WeightFormat::F32, MomentFormat::F32).unwrap();
             let elements = case.shape[0];
             let layout = recipe.layout(elements).unwrap();

@@ -1,15 +1,19 @@
 //! The gradients of one tile, until the step that uses them.
 //!
 //! They may come in any order and in any pieces. A piece that is all of a tile goes straight to storage; others are
-//! gathered in memory until they are, so what never becomes whole, and what belongs to a tile that stays, is used from
-//! there. A later piece replaces what an earlier one put in its place. What nothing was put into is zero.
+//! gathered in memory until they are, or until the memory is wanted for others: then the tile goes to storage as far as it
+//! has come, and a later piece brings it back. What belongs to a tile that stays is used from memory. A later piece
+//! replaces what an earlier one put in its place. What nothing was put into is zero.
+//!
+//! A write that fails hands its gradients back: they are in memory again when [`TileGradient::settle`] has told of it.
 
-use overspill_io::{Block, Pool};
+use overspill_io::Pool;
 
+use crate::Worth;
 use crate::error::StoreError;
 use crate::slot::Slot;
 use crate::store::Store;
-use crate::{Kept, Worth};
+use crate::tensor::StoreFailed;
 
 /// Gradients of one tile.
 #[derive(Debug)]
@@ -35,6 +39,17 @@ enum Contents {
     },
     /// In the room.
     Stored,
+    /// On their way to the room when the kernel kept their memory.
+    Lost,
+}
+
+/// Where gradients go.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Means<'a> {
+    pub(crate) store: &'a Store,
+    pub(crate) pool: &'a Pool,
+    /// Length of a block for the longest tile.
+    pub(crate) block_bytes: usize,
 }
 
 /// From the first byte to the one after the last.
@@ -58,7 +73,7 @@ impl TileGradient {
     /// Takes the room, if there is to be one and it was never taken or was lost.
     pub(crate) fn renew(&mut self, store: &Store) -> Result<(), StoreError> {
         if let (Some(bytes), None) = (self.room_bytes, &self.room) {
-            let room = store.vacant(&format!("gradient/{}", self.index), bytes, Worth::Scratch)?;
+            let room = store.vacant(&room_name(self.index), bytes, Worth::Scratch)?;
             self.room = Some(Slot::Vacant(room));
         }
         Ok(())
@@ -74,37 +89,60 @@ impl TileGradient {
     pub(crate) fn memory_bytes(&self) -> usize {
         match &self.contents {
             Contents::Gathered { bytes, .. } => bytes.len(),
-            Contents::Nothing | Contents::Stored => 0,
+            Contents::Nothing | Contents::Stored | Contents::Lost => 0,
         }
+    }
+
+    /// Whether they may go to storage.
+    pub(crate) fn moves(&self) -> bool {
+        self.room_bytes.is_some()
+    }
+
+    /// Whether a write is under way.
+    pub(crate) fn is_writing(&self) -> bool {
+        matches!(self.room, Some(Slot::Storing(_)))
     }
 
     pub(crate) fn clear(&mut self) {
         self.contents = Contents::Nothing;
     }
 
-    /// Takes over what belongs at `at`; `block_bytes` is the length of a block for the longest tile.
-    pub(crate) fn put(
-        &mut self,
-        at: usize,
-        piece: &[u8],
-        pool: &Pool,
-        block_bytes: usize,
-    ) -> Result<(), StoreError> {
-        if piece.len() == self.bytes && self.room_bytes.is_some() {
-            return self.store(piece, pool, block_bytes);
+    /// Takes over what belongs at `at`.
+    pub(crate) fn put(&mut self, at: usize, piece: &[u8], means: Means<'_>) -> Result<(), StoreError> {
+        if piece.len() == self.bytes && self.moves() {
+            return self.store(piece, means);
         }
+        self.settle()?;
         let (mut bytes, mut covered) = match std::mem::replace(&mut self.contents, Contents::Nothing) {
             Contents::Gathered { bytes, covered } => (bytes, covered),
             Contents::Nothing => (vec![0; self.bytes], Vec::new()),
-            Contents::Stored => (self.fetch(pool, block_bytes)?, vec![(0, self.bytes)]),
+            stored @ (Contents::Stored | Contents::Lost) => {
+                self.contents = stored;
+                (self.fetch(means)?, vec![(0, self.bytes)])
+            }
         };
         bytes[at..at + piece.len()].copy_from_slice(piece);
         cover(&mut covered, (at, at + piece.len()));
-        if covered == [(0, self.bytes)] && self.room_bytes.is_some() {
-            return self.store(&bytes, pool, block_bytes);
-        }
+        let is_whole = covered == [(0, self.bytes)];
         self.contents = Contents::Gathered { bytes, covered };
-        Ok(())
+        if is_whole { self.spill(means) } else { Ok(()) }
+    }
+
+    /// Gives the memory back: what was gathered goes to storage, if it may.
+    pub(crate) fn spill(&mut self, means: Means<'_>) -> Result<(), StoreError> {
+        match std::mem::replace(&mut self.contents, Contents::Nothing) {
+            Contents::Gathered { bytes, covered } if self.moves() => {
+                let stored = self.store(&bytes, means);
+                if stored.is_err() {
+                    self.contents = Contents::Gathered { bytes, covered };
+                }
+                stored
+            }
+            others => {
+                self.contents = others;
+                Ok(())
+            }
+        }
     }
 
     /// Hands the gradients to a pass.
@@ -112,7 +150,8 @@ impl TileGradient {
         match std::mem::replace(&mut self.contents, Contents::Nothing) {
             Contents::Nothing => Gradients::Nothing,
             Contents::Gathered { bytes, .. } => Gradients::Memory(bytes),
-            Contents::Stored => self.room.take().map_or(Gradients::Nothing, Gradients::Storage),
+            Contents::Stored => Gradients::Storage(self.room.take().expect("what is stored has a room")),
+            Contents::Lost => unreachable!("whoever takes them has settled them"),
         }
     }
 
@@ -121,18 +160,44 @@ impl TileGradient {
         self.room = Some(room);
     }
 
-    /// Waits for a write that is under way.
+    /// Waits for a write that is under way. When it has failed, what it was to write is in memory again.
     pub(crate) fn settle(&mut self) -> Result<(), StoreError> {
-        self.room = self.room.take().map(Slot::settle).transpose()?;
-        Ok(())
+        let writing = match (self.room.take(), &self.contents) {
+            (Some(Slot::Storing(writing)), _) => writing,
+            (_, Contents::Lost) => return Err(StoreError::Unfinished { tensor: room_name(self.index) }),
+            (at_rest, _) => {
+                self.room = at_rest;
+                return Ok(());
+            }
+        };
+        match (writing.wait(), &self.contents) {
+            (Ok(tensor), _) => {
+                self.room = Some(Slot::Swapped(tensor));
+                Ok(())
+            }
+            // The room is made anew when it is needed.
+            (Err(StoreFailed { error, tensor }), Contents::Stored) => {
+                let gathered = |bytes: &[u8]| Contents::Gathered {
+                    bytes: bytes[..self.bytes].to_vec(),
+                    covered: vec![(0, self.bytes)],
+                };
+                self.contents = tensor.map_or(Contents::Lost, |tensor| gathered(tensor.bytes()));
+                Err(error)
+            }
+            // What was forgotten meanwhile is nobody's loss.
+            (Err(_), _) => Ok(()),
+        }
     }
 
-    fn store(&mut self, bytes: &[u8], pool: &Pool, block_bytes: usize) -> Result<(), StoreError> {
-        let mut block = pool.lease(block_bytes)?;
+    fn store(&mut self, bytes: &[u8], means: Means<'_>) -> Result<(), StoreError> {
+        // What is replaced does not matter any more, however its write ended.
+        drop(self.settle());
+        self.renew(means.store)?;
+        let mut block = means.pool.lease(means.block_bytes)?;
         let (body, padding) = block.split_at_mut(bytes.len());
         body.copy_from_slice(bytes);
         padding.fill(0);
-        let dirty = match self.room.take().map(Slot::settle).transpose()? {
+        let dirty = match self.room.take() {
             Some(Slot::Vacant(tensor)) => {
                 let block = tensor.fit(block)?;
                 tensor.fill(block).map_err(|refused| refused.error)?
@@ -148,14 +213,30 @@ impl TileGradient {
         Ok(())
     }
 
-    fn fetch(&mut self, pool: &Pool, block_bytes: usize) -> Result<Vec<u8>, StoreError> {
-        let room = self.room.take().expect("what is stored has a room");
-        let block: Option<Block> = room.needs_block().then(|| pool.lease(block_bytes)).transpose()?;
-        let present = room.begin(block)?.wait()?;
-        let bytes = Kept::bytes(&present.tensor)[..self.bytes].to_vec();
-        self.room = Some(present.release());
-        Ok(bytes)
+    /// The gradients that are in the room, which no write is under way to.
+    fn fetch(&mut self, means: Means<'_>) -> Result<Vec<u8>, StoreError> {
+        let block = means.pool.lease(means.block_bytes)?;
+        let Some(Slot::Swapped(tensor)) = self.room.take() else {
+            unreachable!("what is stored is in its room")
+        };
+        let block = tensor.fit(block)?;
+        let loading = tensor.load(block).map_err(|refused| refused.error)?;
+        match loading.wait() {
+            Ok(tensor) => {
+                let bytes = tensor.bytes()[..self.bytes].to_vec();
+                self.room = Some(Slot::Swapped(tensor.release()));
+                Ok(bytes)
+            }
+            Err(failed) => {
+                self.room = Some(Slot::Swapped(failed.tensor));
+                Err(failed.error)
+            }
+        }
     }
+}
+
+fn room_name(tile: usize) -> String {
+    format!("gradient/{tile}")
 }
 
 /// Adds a span to spans that are disjoint, apart and in order, and keeps them so.

@@ -9,7 +9,9 @@
 //! An optimizer says how many bytes of state each parameter has ([`ParameterSpec`]); what they mean is its own matter. The
 //! [plan](OptimizerPlan) cuts and packs them into tiles and decides which tiles stay in memory. A pass shows the
 //! computation each part of each wanted parameter, with its state to be changed and its gradient if that was swapped
-//! out, always in the same order, so every depth and every share in memory give the same bits.
+//! out, always in the same order, so every depth and every share in memory give the same bits. Of a parameter that got any
+//! piece of a gradient the whole is shown, with zeros for what is missing; one that got none has none, whoever else is in
+//! its tiles.
 //!
 //! State has no contents until the first pass that changes it: the computation sees zeros then, and
 //! [`PartView::is_new`]. When a pass fails, the state is lost as far as it was not committed, and
@@ -22,15 +24,15 @@ mod packing;
 mod phases;
 mod plan;
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::time::Instant;
 
-use overspill_io::Pool;
+use overspill_io::{Pool, PoolError};
 use serde_json::{Value, json};
 
 pub use self::error::{OptimizerError, PassError};
-use self::gradient::{Gradients, TileGradient};
+use self::gradient::{Gradients, Means, TileGradient};
 pub use self::packing::{PART_ALIGNMENT, ParameterSpec, Part, StateSize, Tile, pack};
 pub use self::phases::Phases;
 pub use self::plan::{DEPTH_DEFAULT, OptimizerPlan, PlanOptions, TILE_BYTES_DEFAULT, TooSmall};
@@ -38,7 +40,7 @@ use crate::error::StoreError;
 use crate::ledger::Worth;
 use crate::manifest::checksum;
 use crate::pipeline::{self, Done, Item, Limits};
-use crate::slot::Slot;
+use crate::slot::{Kept, Slot};
 use crate::store::Store;
 
 /// Least number of bytes that are worth moving on their own.
@@ -59,6 +61,15 @@ pub struct OptimizerSwapper {
     /// The state of every tile; `None` once it is lost.
     slots: Vec<Option<Slot>>,
     gradients: Vec<TileGradient>,
+    /// Whether each parameter got a piece of its gradient since the last step.
+    has_gradient: Vec<bool>,
+    /// Bytes of a block for gradients, and of those gradients of tiles that move that may be in memory.
+    gradient_block_bytes: usize,
+    gathering_bytes: usize,
+    /// Tiles that move and whose gradients are in memory, the one for the longest time first.
+    gathering: VecDeque<usize>,
+    /// Tiles whose gradients are on their way to storage, the oldest first.
+    writing: VecDeque<usize>,
     /// Parts without contents, by tile and place in it.
     new: HashSet<(usize, usize)>,
     /// Tiles of each parameter.
@@ -161,10 +172,15 @@ impl OptimizerSwapper {
             names: specs.iter().map(|spec| spec.name.clone()).collect(),
             numels: specs.iter().map(|spec| spec.numel).collect(),
             slots: plan.tiles.iter().map(|_| None).collect(),
-            plan,
             gradients,
+            has_gradient: vec![false; specs.len()],
+            gradient_block_bytes: plan.longest_gradient().unwrap_or(0),
+            gathering_bytes: plan.gathering_bytes(),
+            gathering: VecDeque::new(),
+            writing: VecDeque::new(),
             new: HashSet::new(),
             tiles_of,
+            plan,
             phases: Phases::default(),
             pool: pool.clone(),
             store: store.clone(),
@@ -227,7 +243,8 @@ impl OptimizerSwapper {
     ///
     /// # Errors
     /// [`OptimizerError::GradientRange`], [`OptimizerError::NoParameter`], [`OptimizerError::GradientsStay`], and
-    /// [`OptimizerError::Store`] when an earlier write of this tile failed.
+    /// [`OptimizerError::Store`] when an earlier write failed, of this tile or another: its gradients are in memory again,
+    /// and the piece can be put again.
     pub fn swap_out_gradient(
         &mut self,
         parameter: usize,
@@ -248,36 +265,98 @@ impl OptimizerSwapper {
                 element_bytes,
             });
         }
-        let block_bytes = self.plan.longest_gradient().unwrap_or(0);
-        for index in tiles {
-            for part in self.plan.tiles[index].parts.iter().filter(|part| part.parameter == parameter) {
-                let (start, end) =
-                    (part.elements.start.max(offset), part.elements.end.min(offset + elements));
-                if start < end {
-                    let at = (part.gradient.start + start - part.elements.start) * element_bytes;
-                    let piece = &bytes[(start - offset) * element_bytes..(end - offset) * element_bytes];
-                    self.gradients[index].put(at, piece, &self.pool, block_bytes)?;
-                }
-            }
+        if elements == 0 {
+            return Ok(());
         }
+        let ends_before = |tile: &Tile| tile.part_of(parameter).1.elements.end <= offset;
+        let before = self.plan.tiles[tiles.clone()].partition_point(ends_before);
+        for index in tiles.skip(before) {
+            let (_, part) = self.plan.tiles[index].part_of(parameter);
+            let (start, end) = (part.elements.start.max(offset), part.elements.end.min(offset + elements));
+            if start >= end {
+                break;
+            }
+            let at = (part.gradient.start + start - part.elements.start) * element_bytes;
+            let piece = &bytes[(start - offset) * element_bytes..(end - offset) * element_bytes];
+            self.put(index, at, piece)?;
+        }
+        self.has_gradient[parameter] = true;
         self.phases.gradient_swap_out += started.elapsed();
         Ok(())
     }
 
-    /// Waits until every gradient that goes to storage is there.
+    /// Puts what belongs at byte `at` of a tile's gradients there. Who has been gathered for the longest time makes room.
+    fn put(&mut self, index: usize, at: usize, piece: &[u8]) -> Result<(), OptimizerError> {
+        self.with_gradient(index, |gradient, means| gradient.put(at, piece, means))?;
+        let gathered = |swapper: &Self| -> usize {
+            swapper.gathering.iter().map(|&index| swapper.gradients[index].memory_bytes()).sum()
+        };
+        while gathered(self) > self.gathering_bytes
+            && let Some(oldest) = self.gathering.pop_front()
+        {
+            self.with_gradient(oldest, TileGradient::spill)?;
+        }
+        Ok(())
+    }
+
+    /// Does something with the gradients of a tile for which a block of the pool is free.
+    fn with_gradient(
+        &mut self,
+        index: usize,
+        act: impl FnOnce(&mut TileGradient, Means<'_>) -> Result<(), StoreError>,
+    ) -> Result<(), OptimizerError> {
+        let block_bytes = self.gradient_block_bytes;
+        let moves = self.gradients[index].moves();
+        // A write that failed keeps its block until somebody asks how it ended.
+        while moves && matches!(self.pool.try_lease(block_bytes), Err(PoolError::Exhausted { .. })) {
+            let Some(oldest) = self.writing.pop_front() else { break };
+            let settled = self.gradients[oldest].settle();
+            self.note(oldest);
+            settled?;
+        }
+        let means = Means { store: &self.store, pool: &self.pool, block_bytes };
+        let done = act(&mut self.gradients[index], means);
+        self.note(index);
+        Ok(done?)
+    }
+
+    /// Takes note of where the gradients of a tile have come to.
+    fn note(&mut self, index: usize) {
+        let gradient = &self.gradients[index];
+        if gradient.is_writing() {
+            self.writing.push_back(index);
+        }
+        let is_gathered = gradient.moves() && gradient.memory_bytes() > 0;
+        match self.gathering.iter().position(|&known| known == index) {
+            Some(place) if !is_gathered => drop(self.gathering.remove(place)),
+            None if is_gathered => self.gathering.push_back(index),
+            Some(_) | None => {}
+        }
+    }
+
+    /// Waits until every gradient that goes to storage is there; what was only gathered stays in memory.
     ///
     /// # Errors
-    /// [`OptimizerError::Store`] of the first write that failed.
+    /// [`OptimizerError::Store`] of the first write that failed; its gradients are in memory again.
     pub fn flush_gradients(&mut self) -> Result<(), OptimizerError> {
         let started = Instant::now();
-        let settled: Vec<_> = self.gradients.iter_mut().map(TileGradient::settle).collect();
+        self.writing.clear();
+        let mut first_error = Ok(());
+        for index in 0..self.gradients.len() {
+            if let Err(error) = self.gradients[index].settle() {
+                self.note(index);
+                first_error = first_error.and(Err(error));
+            }
+        }
         self.phases.gradient_swap_out += started.elapsed();
-        Ok(settled.into_iter().collect::<Result<(), _>>()?)
+        Ok(first_error?)
     }
 
     /// Forgets all gradients.
     pub fn clear_gradients(&mut self) {
         self.gradients.iter_mut().for_each(TileGradient::clear);
+        self.has_gradient.fill(false);
+        self.gathering.clear();
     }
 
     /// Bytes of gradients that are in memory.
@@ -298,17 +377,22 @@ impl OptimizerSwapper {
                 break;
             }
             *slot = slot.take().map(|slot| slot.prefetch(&self.pool, block_bytes)).transpose()?;
-            begun += usize::from(matches!(slot, Some(Slot::Loading(_) | Slot::Swapped(_))));
+            match slot {
+                Some(Slot::Loading(_)) => begun += 1,
+                Some(Slot::Vacant(_) | Slot::Kept(_) | Slot::Saving(_)) => {}
+                // Those behind it would take the blocks that it needs.
+                Some(Slot::Swapped(_) | Slot::Storing(_)) | None => break,
+            }
         }
         Ok(())
     }
 
     /// Shows `compute` every part of the parameters that `wants` names, with its gradient; what it does to the state is
-    /// stored. Gradients are used up.
+    /// stored. Then all gradients are used up, those of other parameters too.
     ///
     /// # Errors
     /// [`PassError::Compute`] with its own refusal, or [`PassError::Swapper`]; the state is lost then, but for the committed
-    /// one.
+    /// one. When it is the write of a gradient that failed, nothing was changed, and the step can be taken again.
     pub fn step<E>(
         &mut self,
         wants: impl Fn(usize) -> bool,
@@ -332,7 +416,7 @@ impl OptimizerSwapper {
     /// Shows `look` the state as it is; parts that have none are left out.
     ///
     /// # Errors
-    /// As [`OptimizerSwapper::step`].
+    /// As [`OptimizerSwapper::step`], but nothing is lost when it is `look` that refuses.
     pub fn read<E>(
         &mut self,
         wants: impl Fn(usize) -> bool,
@@ -347,15 +431,18 @@ impl OptimizerSwapper {
         wants: impl Fn(usize) -> bool,
         mut compute: impl FnMut(PartView<'_>) -> Result<(), E>,
     ) -> Result<(), PassError<E>> {
+        if self.slots.iter().any(Option::is_none) {
+            return Err(OptimizerError::Lost.into());
+        }
+        if way == Way::Step && self.plan.gradient_bytes.is_some() {
+            self.flush_gradients()?;
+        }
         let has_contents = |index: usize, part: usize| !self.new.contains(&(index, part));
         let is_wanted = |index: usize| {
             let mut parts = self.plan.tiles[index].parts.iter().enumerate();
             parts.any(|(i, part)| wants(part.parameter) && (way != Way::Read || has_contents(index, i)))
         };
         let wanted: Vec<usize> = (0..self.slots.len()).filter(|&index| is_wanted(index)).collect();
-        if self.slots.iter().any(Option::is_none) {
-            return Err(OptimizerError::Lost.into());
-        }
 
         // Blocks that were filled for a pass over other tiles are wanted now.
         for slot in self.slots.iter_mut().enumerate().filter_map(|(i, slot)| (!is_wanted(i)).then_some(slot))
@@ -382,11 +469,12 @@ impl OptimizerSwapper {
             });
         }
 
-        let block_bytes = [self.plan.longest_tile(), self.plan.longest_gradient().unwrap_or(0)];
+        let block_bytes = [self.plan.longest_tile(), self.gradient_block_bytes];
         let limits = Limits { pool: &self.pool, depth: self.plan.depth, block_bytes: &block_bytes };
         let element_bytes = self.plan.gradient_bytes.unwrap_or(0);
-        let (plan, new) = (&self.plan, &mut self.new);
-        let mut scratch = Vec::new();
+        let (plan, new, has_gradient) = (&self.plan, &mut self.new, &self.has_gradient);
+        let (mut scratch, mut zeros) = (Vec::new(), Vec::new());
+        let mut refusal = None;
         let Done { items, timings } = pipeline::run(limits, items, |at, edited, read| {
             let index = wanted[at];
             let gradients = in_memory[at].as_deref().or(read.first().copied());
@@ -403,20 +491,30 @@ impl OptimizerSwapper {
                 if way == Way::Read && is_new {
                     continue;
                 }
+                if refusal.is_some() {
+                    break;
+                }
                 let Range { start, end } = part.gradient;
-                let gradient = gradients.filter(|_| way == Way::Step);
+                let (start, end) = (start * element_bytes, end * element_bytes);
+                let gradient = match gradients {
+                    _ if way != Way::Step || !has_gradient[part.parameter] => None,
+                    Some(bytes) => Some(&bytes[start..end]),
+                    None => {
+                        zeros.resize(zeros.len().max(end - start), 0);
+                        Some(&zeros[..end - start])
+                    }
+                };
                 let state = &mut state[part.state.clone()];
                 if is_new {
                     state.fill(0);
                 }
-                compute(PartView {
-                    parameter: part.parameter,
-                    elements: part.elements.clone(),
-                    state,
-                    is_new,
-                    gradient: gradient.map(|bytes| &bytes[start * element_bytes..end * element_bytes]),
-                })?;
-                new.remove(&(index, i));
+                let elements = part.elements.clone();
+                match compute(PartView { parameter: part.parameter, elements, state, is_new, gradient }) {
+                    Ok(()) => drop(new.remove(&(index, i))),
+                    // What was only looked at is put back to where it was.
+                    Err(error) if way == Way::Read => refusal = Some(error),
+                    Err(error) => return Err(error),
+                }
             }
             Ok(())
         })?;
@@ -433,7 +531,10 @@ impl OptimizerSwapper {
         self.phases.compute += timings.compute;
         self.phases.swap_out += timings.store;
         self.phases.passes += 1;
-        Ok(())
+        if way == Way::Step {
+            self.clear_gradients();
+        }
+        refusal.map_or(Ok(()), |error| Err(PassError::Compute(error)))
     }
 
     /// Drops a parameter's state: the next pass finds it new.
@@ -441,10 +542,8 @@ impl OptimizerSwapper {
     /// # Errors
     /// [`OptimizerError::NoParameter`].
     pub fn purge(&mut self, parameter: usize) -> Result<(), OptimizerError> {
-        for index in self.tiles(parameter)? {
-            let parts = self.plan.tiles[index].parts.iter().enumerate();
-            self.new.extend(parts.filter(|(_, part)| part.parameter == parameter).map(|(i, _)| (index, i)));
-        }
+        let tiles = self.tiles(parameter)?;
+        self.new.extend(tiles.map(|index| (index, self.plan.tiles[index].part_of(parameter).0)));
         Ok(())
     }
 
@@ -463,12 +562,22 @@ impl OptimizerSwapper {
     /// Waits for every write that is under way, and learns how it ended.
     ///
     /// # Errors
-    /// [`OptimizerError::Store`] of the first one that failed; that tile's state is lost.
+    /// [`OptimizerError::Store`] of the first one that failed; that tile's state is lost if it does not stay in memory.
     pub fn settle(&mut self) -> Result<(), OptimizerError> {
         let started = Instant::now();
         let mut first_error = Ok(());
         for slot in &mut self.slots {
-            match slot.take().map(Slot::settle).transpose() {
+            let settled = match slot.take() {
+                Some(Slot::Saving(saving)) => {
+                    let saved = saving.wait().map(|tensor| Some(Slot::Kept(Kept::Clean(tensor))));
+                    saved.map_err(|failed| {
+                        *slot = failed.tensor.map(|tensor| Slot::Kept(Kept::Dirty(tensor)));
+                        failed.error
+                    })
+                }
+                others => others.map(Slot::settle).transpose(),
+            };
+            match settled {
                 Ok(settled) => *slot = settled,
                 Err(error) => first_error = first_error.and(Err(error)),
             }
@@ -480,7 +589,8 @@ impl OptimizerSwapper {
     /// Makes the state the next generation of the store, with what is only in memory; `meta` goes with it.
     ///
     /// # Errors
-    /// [`OptimizerError::Lost`] after a pass that failed, [`OptimizerError::Store`] as [`Store::commit`].
+    /// [`OptimizerError::Lost`] after a pass that failed, [`OptimizerError::Store`] as [`Store::commit`]; what stays in
+    /// memory is not lost by a write that fails, and the commit can be tried again.
     pub fn commit(&mut self, meta: &Value) -> Result<(), OptimizerError> {
         if self.slots.iter().any(Option::is_none) {
             return Err(OptimizerError::Lost);
@@ -512,6 +622,7 @@ impl OptimizerSwapper {
             drop(slot.take().map(Slot::settle));
         }
         self.gradients.iter_mut().for_each(TileGradient::give_up);
+        self.clear_gradients();
         self.store.roll_back()?;
         self.take_up()
     }

@@ -58,12 +58,13 @@ impl StateSize {
         }
     }
 
-    /// The most of `left` elements that can be cut off and have at most `room` bytes of state; 0 when there are none.
-    fn fitting(&self, left: usize, room: usize) -> usize {
+    /// The most of `left` elements that can be cut off, at most `most` and with at most `room` bytes of state; 0 when
+    /// there are none.
+    fn fitting(&self, left: usize, most: usize, room: usize) -> usize {
         let Self::Cut { elements: cut, bytes } = self else { return 0 };
         let cut = (*cut).max(1);
         // All counts of cuts below the first that is too long fit.
-        let (mut fits, mut too_many) = (0, left.div_ceil(cut) + 1);
+        let (mut fits, mut too_many) = (0, left.div_ceil(cut).min(most / cut) + 1);
         while fits + 1 < too_many {
             let middle = fits.midpoint(too_many);
             if bytes((middle * cut).min(left)) <= room { fits = middle } else { too_many = middle }
@@ -110,14 +111,21 @@ pub struct Tile {
 }
 
 impl Tile {
-    /// Bytes of the tile, padded to whole disk blocks.
+    /// Bytes of the tile, padded to whole disk blocks; one block when its parameters have no state.
     pub fn bytes(&self) -> usize {
-        self.end().next_multiple_of(BLOCK_ALIGNMENT)
+        self.end().max(1).next_multiple_of(BLOCK_ALIGNMENT)
     }
 
     /// Number of elements.
     pub fn elements(&self) -> usize {
         self.parts.last().map_or(0, |part| part.gradient.end)
+    }
+
+    /// What the tile has of a parameter, and its place among the parts.
+    pub(crate) fn part_of(&self, parameter: usize) -> (usize, &Part) {
+        let place = self.parts.binary_search_by_key(&parameter, |part| part.parameter);
+        let place = place.expect("a parameter is looked for in its own tiles");
+        (place, &self.parts[place])
     }
 
     fn end(&self) -> usize {
@@ -131,8 +139,9 @@ impl Tile {
     }
 }
 
-/// Packs the parameters, in their order, into tiles of at most `tile_bytes` bytes; a parameter that may not be cut has a
-/// longer one if it must.
+/// Packs the parameters, in their order, into tiles of at most `tile_bytes` bytes and as many elements, so that the
+/// gradients of parameters with hardly any state do not make long tiles; a parameter that may not be cut has a longer one
+/// if it must.
 pub fn pack(specs: &[ParameterSpec], tile_bytes: usize) -> Vec<Tile> {
     let mut tiles = Vec::new();
     let mut tile = Tile::default();
@@ -145,8 +154,9 @@ pub fn pack(specs: &[ParameterSpec], tile_bytes: usize) -> Vec<Tile> {
             let left = spec.numel - next;
             let bytes = spec.state.bytes(left);
             let room = tile_bytes.saturating_sub(tile.end());
-            let taken = match spec.state.fitting(left, room) {
-                _ if bytes <= room => left,
+            let most = tile_bytes.saturating_sub(tile.elements());
+            let taken = match spec.state.fitting(left, most, room) {
+                _ if bytes <= room && left <= most => left,
                 // A tile of its own is no shorter than it must be; the rest of a shared one is not worth a cut.
                 0 if tile.parts.is_empty() => spec.state.fewest(left),
                 fitting if tile.parts.is_empty() => fitting,
@@ -165,10 +175,25 @@ pub fn pack(specs: &[ParameterSpec], tile_bytes: usize) -> Vec<Tile> {
     tiles
 }
 
-/// Of `count` things, `kept` that are spread evenly over them.
-pub(crate) fn spread(count: usize, kept: usize) -> impl Iterator<Item = bool> {
-    let share = move |n: usize| (n as u128 * kept.min(count) as u128 / count.max(1) as u128) as usize;
-    (0..count).map(move |index| share(index + 1) > share(index))
+/// Which tiles of these lengths stay when so many bytes may: of every first part of them about the same share of bytes.
+pub(crate) fn spread(lengths: &[usize], bytes: usize) -> Vec<bool> {
+    let all: u128 = lengths.iter().map(|&length| length as u128).sum();
+    let (mut passed, mut kept) = (0, 0);
+    let mut chosen: Vec<bool> = lengths
+        .iter()
+        .map(|&length| {
+            passed += length as u128;
+            // Less than the longest tile is left over at every point.
+            let stays = (kept + length as u128) * all <= bytes as u128 * passed;
+            kept += if stays { length as u128 } else { 0 };
+            stays
+        })
+        .collect();
+    for (stays, &length) in chosen.iter_mut().zip(lengths).filter(|(stays, _)| !**stays) {
+        *stays = kept + length as u128 <= bytes as u128;
+        kept += if *stays { length as u128 } else { 0 };
+    }
+    chosen
 }
 
 #[cfg(test)]
@@ -221,7 +246,7 @@ mod tests {
                     (state_end, gradient_end) = (part.state.end, part.gradient.end);
                 }
                 prop_assert!(tile.bytes() >= state_end && tile.bytes().is_multiple_of(BLOCK_ALIGNMENT));
-                prop_assert!(state_end <= tile_bytes || tile.parts.len() == 1);
+                prop_assert!(state_end.max(gradient_end) <= tile_bytes || tile.parts.len() == 1);
                 prop_assert_eq!(tile.elements(), gradient_end);
             }
             for (spec, next) in specs.iter().zip(next) {
@@ -230,15 +255,22 @@ mod tests {
         }
 
         #[test]
-        fn what_is_kept_is_spread_evenly(count in 0usize..200, kept in 0usize..250) {
-            let chosen: Vec<bool> = spread(count, kept).collect();
-            prop_assert_eq!(chosen.iter().filter(|&&kept| kept).count(), kept.min(count));
-            let mut so_far = 0;
-            for (index, &is_kept) in chosen.iter().enumerate() {
-                so_far += usize::from(is_kept);
-                let even = (index + 1) as f64 * kept.min(count) as f64 / count as f64;
-                prop_assert!((so_far as f64 - even).abs() <= 1.0);
+        fn what_is_kept_fills_its_room_and_is_spread_evenly(
+            lengths in prop::collection::vec(1usize..5000, 0..200),
+            bytes in prop_oneof![0usize..500_000, Just(usize::MAX)],
+        ) {
+            let chosen = spread(&lengths, bytes);
+            let (all, longest) = (lengths.iter().sum::<usize>(), lengths.iter().max().map_or(0, |&longest| longest));
+            let (mut passed, mut kept) = (0, 0);
+            for (&length, &stays) in lengths.iter().zip(&chosen) {
+                passed += length;
+                kept += if stays { length } else { 0 };
+                let even = bytes.min(all) as f64 * passed as f64 / all as f64;
+                prop_assert!((kept as f64 - even).abs() <= longest as f64 + 1.0);
             }
+            prop_assert!(kept <= bytes);
+            let mut left_out = lengths.iter().zip(&chosen).filter(|(_, stays)| !**stays);
+            prop_assert!(left_out.all(|(&length, _)| length > bytes - kept));
         }
     }
 }

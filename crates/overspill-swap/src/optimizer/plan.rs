@@ -1,9 +1,10 @@
 //! What an optimizer swapper's memory is spent on, decided before anything is allocated.
 //!
 //! The budget is a total: for what the pipeline holds while it moves tiles, for the books, and for the tiles that stay in
-//! memory for good. The pipeline comes first; what is left keeps as many tiles as it holds, spread evenly over the pass,
-//! so that transfers and computation of kept tiles take turns. A fixed share is the best there is for a pass that
-//! touches everything once: any policy that forgets the oldest would forget each tile just before its use.
+//! memory for good. The pipeline comes first, but takes no more than a third if shorter tiles do. What is left keeps as
+//! many tiles as it holds, spread evenly over the pass, so that transfers and computation of kept tiles take turns. A
+//! fixed share is the best there is for a pass that touches everything once: any policy that forgets the oldest would
+//! forget each tile just before its use.
 
 use overspill_io::{BLOCK_ALIGNMENT, BlockClass};
 
@@ -30,12 +31,24 @@ pub struct PlanOptions {
 /// Depth of the pipeline when nobody says.
 pub const DEPTH_DEFAULT: usize = 4;
 
+/// The part of the memory that the pipeline takes at most, as long as there are shorter tiles and something to keep.
+const PIPELINE_PART: usize = 3;
+
 /// Longest and shortest tile when nobody says, in bytes.
 pub const TILE_BYTES_DEFAULT: usize = 8 << 20;
 const TILE_BYTES_MIN: usize = 128 << 10;
 
-/// What a tile takes in the books: parts, names, extents, handles.
+/// What a tile takes in the books: names, extents, handles; and what each part takes in it beside.
 const TILE_RECORD_BYTES: usize = 2 << 10;
+const PART_RECORD_BYTES: usize = 192;
+
+/// No books are kept of more tiles than these, and nothing longer is counted.
+const TILES_MAX: usize = 1 << 24;
+const BYTES_MAX: usize = isize::MAX as usize >> 8;
+
+/// Tiles whose gradients may be gathered at a time, if they are this short together; one in any case.
+const GATHERED_TILES: usize = 3;
+const GATHERED_BYTES_MAX: usize = 16 << 20;
 
 /// The memory is too small for any plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -59,13 +72,24 @@ pub struct OptimizerPlan {
 }
 
 impl OptimizerPlan {
-    /// Finds the plan with the longest tiles and the deepest pipeline that fits, and keeps what is left room for.
+    /// Finds the plan with the deepest pipeline that fits and the longest tiles that leave room to keep some, and keeps
+    /// what is left room for.
     ///
     /// # Errors
-    /// [`TooSmall`] when the pipeline alone does not fit.
+    /// [`TooSmall`] when the pipeline alone does not fit; with `usize::MAX` when no machine would do.
     pub fn new(specs: &[ParameterSpec], options: &PlanOptions) -> Result<Self, TooSmall> {
+        let gradient_bytes = options.gradient_bytes.filter(|&bytes| bytes > 0);
+        let lengths = specs.iter().map(|ParameterSpec { numel, state, .. }| {
+            let gradient = numel.saturating_mul(gradient_bytes.unwrap_or(0));
+            state.bytes(*numel).max(*numel).saturating_add(gradient)
+        });
+        let all_bytes = lengths.fold(0, usize::saturating_add);
+        let memory_bytes = options.memory_bytes;
+        if all_bytes > BYTES_MAX {
+            return Err(TooSmall { memory_bytes, least_bytes: usize::MAX });
+        }
         let tile_lengths = match options.tile_bytes {
-            Some(bytes) => vec![bytes.max(1).next_multiple_of(BLOCK_ALIGNMENT)],
+            Some(bytes) => vec![bytes.clamp(1, BYTES_MAX).next_multiple_of(BLOCK_ALIGNMENT)],
             None => std::iter::successors(Some(TILE_BYTES_DEFAULT), |bytes| Some(bytes / 2))
                 .take_while(|&bytes| bytes >= TILE_BYTES_MIN)
                 .collect(),
@@ -74,19 +98,20 @@ impl OptimizerPlan {
             Some(depth) => vec![depth],
             None => (0..=DEPTH_DEFAULT).rev().collect(),
         };
+        let kept_bytes_max = options.kept_bytes_max.unwrap_or(usize::MAX);
         let mut least_bytes = usize::MAX;
         for &depth in &depths {
-            for &tile_bytes in &tile_lengths {
+            let mut found = None;
+            for &tile_bytes in tile_lengths.iter().filter(|&&bytes| all_bytes / bytes < TILES_MAX) {
                 let mut plan = Self {
                     tiles: pack(specs, tile_bytes),
                     kept: Vec::new(),
                     tile_bytes,
                     depth,
-                    gradient_bytes: options.gradient_bytes,
+                    gradient_bytes,
                 };
                 let whole =
                     plan.books_bytes() + (0..plan.tiles.len()).map(|i| plan.keeping_bytes(i)).sum::<usize>();
-                let kept_bytes_max = options.kept_bytes_max.unwrap_or(usize::MAX);
                 if whole <= options.memory_bytes && whole <= kept_bytes_max {
                     plan.kept = vec![true; plan.tiles.len()];
                     return Ok(plan);
@@ -95,27 +120,28 @@ impl OptimizerPlan {
                 let moving = plan.total_bytes();
                 least_bytes =
                     least_bytes.min(if whole <= kept_bytes_max { moving.min(whole) } else { moving });
-                if moving <= options.memory_bytes {
-                    plan.keep((options.memory_bytes - moving).min(kept_bytes_max));
-                    return Ok(plan);
+                if moving > memory_bytes {
+                    continue;
+                }
+                if found.as_ref().is_none_or(|(_, least)| moving < *least) {
+                    found = Some((plan, moving));
+                }
+                if moving <= memory_bytes / PIPELINE_PART || memory_bytes - moving >= kept_bytes_max {
+                    break;
                 }
             }
+            if let Some((mut plan, moving)) = found {
+                plan.keep((memory_bytes - moving).min(kept_bytes_max));
+                return Ok(plan);
+            }
         }
-        Err(TooSmall { memory_bytes: options.memory_bytes, least_bytes })
+        Err(TooSmall { memory_bytes, least_bytes })
     }
 
     /// Keeps as many tiles as `bytes` hold.
     fn keep(&mut self, bytes: usize) {
-        let count = self.tiles.len();
-        let needed = |kept: usize| -> usize {
-            let chosen = spread(count, kept).enumerate().filter(|(_, is_kept)| *is_kept);
-            chosen.map(|(index, _)| self.keeping_bytes(index)).sum()
-        };
-        // A longer tile may be in the place of a shorter one, so the sum need not grow with every step: from above.
-        let mean = (0..count).map(|index| self.keeping_bytes(index)).sum::<usize>() / count.max(1);
-        let most = (bytes / mean.max(1)).saturating_add(2).min(count);
-        let kept = (0..=most).rev().find(|&kept| needed(kept) <= bytes).unwrap_or(0);
-        self.kept = spread(count, kept).collect();
+        let lengths: Vec<usize> = (0..self.tiles.len()).map(|index| self.keeping_bytes(index)).collect();
+        self.kept = spread(&lengths, bytes);
     }
 
     /// Bytes that a tile takes for good, with its gradient.
@@ -125,7 +151,8 @@ impl OptimizerPlan {
     }
 
     fn books_bytes(&self) -> usize {
-        self.tiles.len() * TILE_RECORD_BYTES
+        let parts: usize = self.tiles.iter().map(|tile| tile.parts.len()).sum();
+        self.tiles.len() * TILE_RECORD_BYTES + parts * PART_RECORD_BYTES
     }
 
     /// Who holds blocks, and how many at once.
@@ -133,7 +160,7 @@ impl OptimizerPlan {
         let mut classes: Vec<BlockClass> = Vec::new();
         let mut add =
             |name, block_bytes, count| match classes.iter_mut().find(|c| c.block_bytes == block_bytes) {
-                Some(class) => class.count += count,
+                Some(class) => class.count = usize::saturating_add(class.count, count),
                 None => classes.push(BlockClass { name, block_bytes, count }),
             };
         if self.swaps() {
@@ -150,13 +177,20 @@ impl OptimizerPlan {
 
     /// Bytes of everything: what the budget has to hold.
     pub fn total_bytes(&self) -> usize {
-        let blocks: usize = self.classes().iter().map(|class| class.block_bytes * class.count).sum();
+        let lengths = self.classes().into_iter().map(|class| class.block_bytes.saturating_mul(class.count));
+        let blocks = lengths.fold(0, usize::saturating_add);
         let gradients = self.gradient_bytes.unwrap_or(0);
         let kept = self.tiles.iter().zip(&self.kept).filter(|(_, kept)| **kept);
         let kept_gradients: usize = kept.map(|(tile, _)| gradients * tile.elements()).sum();
-        // A gradient that arrives in pieces is gathered outside of the pool, one tile at a time.
-        let gathering = if self.swaps() { self.longest_gradient().unwrap_or(0) } else { 0 };
-        blocks + kept_gradients + gathering + self.books_bytes()
+        // Gradients that arrive in pieces are gathered outside of the pool, and one is on its way in or out.
+        let gathering = self.gathering_bytes() + self.longest_gradient().unwrap_or(0);
+        blocks.saturating_add(kept_gradients + gathering + self.books_bytes())
+    }
+
+    /// Bytes of the gradients, of tiles that move, that are gathered in memory at most.
+    pub(crate) fn gathering_bytes(&self) -> usize {
+        let longest = self.longest_gradient().unwrap_or(0);
+        longest.max((longest * GATHERED_TILES).min(GATHERED_BYTES_MAX))
     }
 
     /// Bytes that the store will take.
@@ -260,6 +294,26 @@ mod tests {
             }
             let all: usize = specs.iter().map(|spec| spec.numel * 10).sum();
             assert!(kept >= all, "{kept} of {all}");
+        }
+    }
+
+    #[test]
+    fn long_tiles_leave_room_to_keep_some() {
+        let specs = specs(20);
+        for memory_bytes in (24..190).map(|mib| mib << 20) {
+            let options = PlanOptions {
+                memory_bytes,
+                kept_bytes_max: None,
+                depth: None,
+                tile_bytes: None,
+                gradient_bytes: Some(4),
+            };
+            let plan = OptimizerPlan::new(&specs, &options).unwrap();
+            assert!(plan.total_bytes() <= memory_bytes);
+            // The state, its gradients, and a tile that is too long for the rest.
+            let kept = plan.kept_bytes() / 10 * 14 + 2 * TILE_BYTES_DEFAULT.min(plan.tile_bytes());
+            assert!(kept >= memory_bytes / 2, "{kept} of {memory_bytes} with tiles of {}", plan.tile_bytes());
+            assert_eq!(plan.depth(), DEPTH_DEFAULT);
         }
     }
 }

@@ -10,6 +10,7 @@ mod generations;
 mod killed;
 mod leftovers;
 mod optimizer;
+mod optimizer_faults;
 mod pipeline;
 mod power;
 mod rig;

@@ -42,6 +42,17 @@ fn tiles_that_stay_in_memory_are_copied_in_and_out() {
 }
 
 #[test]
+fn tiles_that_are_kept_again_have_the_newer_contents() {
+    let rig = Rig::new(BACKENDS[0], 2, 1);
+    let tiles = tiles::reserve(&rig.store, "row", BLOCK, BLOCK / 2, Worth::State).unwrap();
+    let tiles = tiles::keep(tiles, rig.block(1)).unwrap();
+    for tile in tiles::keep(tiles, rig.block(2)).unwrap() {
+        let Slot::Kept(tensor) = tile else { panic!("it stays") };
+        assert!(tensor.bytes().iter().all(|&byte| byte == 2));
+    }
+}
+
+#[test]
 fn a_block_that_is_too_short_is_refused() {
     let rig = Rig::new(BACKENDS[0], 1, 2);
     let vacant = tiles::reserve(&rig.store, "row", BLOCK + 4096, 32 << 10, Worth::State).unwrap();

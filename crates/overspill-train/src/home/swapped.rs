@@ -463,11 +463,11 @@ impl Home for SwappedHome {
     fn masters(&mut self, unit: Unit, each: &mut Masters<'_>) -> Result<(), TrainError> {
         let index = self.layout.index(unit);
         let state = &mut self.units[index];
-        let (weights, moments) = (mem::take(&mut state.weights), mem::take(&mut state.moments));
-        let mut moments = moments.into_iter();
+        let mut left = mem::take(&mut state.weights).into_iter();
+        let mut moments = mem::take(&mut state.moments).into_iter();
         let weights_bytes = self.plan.tile_elements() * self.layout.weight_bytes();
         let mut start = 0;
-        for slot in weights {
+        let mut show = |slot| {
             let (slot, mut weights) = load(&self.pool, slot, weights_bytes)?;
             state.weights.push(slot);
             let record = moments.next().map(|slot| load(&self.pool, slot, self.plan.record_bytes()));
@@ -481,8 +481,13 @@ impl Home for SwappedHome {
             TileState { recipe, weights: &mut weights, record }.masters(masters);
             each(start, masters)?;
             start += elements;
-        }
-        Ok(())
+            Ok::<(), TrainError>(())
+        };
+        let shown = left.by_ref().try_for_each(&mut show);
+        // Whoever stops looking leaves the rest where it is.
+        state.weights.extend(left);
+        state.moments.extend(moments);
+        shown
     }
 
     fn settle(&mut self) -> Result<(), TrainError> {

@@ -201,6 +201,26 @@ impl Storage {
     }
 }
 
+#[test]
+fn who_stops_looking_at_the_exact_weights_leaves_the_state_as_it_is() {
+    let recipe =
+        |case: Case| case.with(Optimizer::default(), WeightFormat::Bf16WithRemainder, MomentFormat::Bf16);
+    let case = recipe(Case::untied(3));
+    let reference = case.in_memory();
+    for more in [0, 64 << 20] {
+        let volumes: &[(u32, &[BackendChoice])] = &[(1, &[BackendChoice::Auto])];
+        let Storage { mut trainer, pool: _pool, folder: _folder } =
+            Storage::planned(&case, &case.plan_with(1, more), volumes);
+        let mut reports = Vec::new();
+        for _ in 0..STEPS {
+            reports.push(trainer.step(&RUNNING).unwrap());
+            let refused = trainer.masters(|_, _, _| Err(TrainError::Interrupted));
+            assert!(matches!(refused, Err(TrainError::Interrupted)));
+        }
+        assert!(Trained::of(&reports, trainer) == reference);
+    }
+}
+
 fn swapped_equals_in_memory(case: fn(u64) -> Case) {
     let mut seeds = Vec::new();
     for seed in [1, 2] {
