@@ -337,6 +337,15 @@ pub(crate) struct BenchStepArguments {
     #[arg(long, value_name = "SIZE")]
     pub(crate) tile: Option<ByteSize>,
 
+    /// What a crash may cost: with step every step is committed, and measured beside steps that are not
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "none")]
+    pub(crate) durability: DurabilityChoice,
+
+    /// Percents of the state that stay in memory, beside --memory: measures a step with each, as 0,25,50,75,100, and
+    /// nothing else
+    #[arg(long, value_name = "P,...", value_delimiter = ',', value_parser = clap::value_parser!(u8).range(..=100))]
+    pub(crate) resident: Vec<u8>,
+
     /// How many times each side is measured, in turns
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = positive)]
     pub(crate) pairs: usize,

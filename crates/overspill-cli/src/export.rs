@@ -34,7 +34,8 @@ pub(crate) struct ExportArguments {
     #[arg(long, value_name = "FORM", value_enum, default_value = "weights")]
     form: FormChoice,
 
-    /// Numbers of the weights: bf16 (rounded to the nearest) or fp32; a state is fp32 always [default: bf16]
+    /// Numbers of the weights: bf16 (rounded to the nearest) or fp32; not of a state, which goes as it is stored
+    /// [default: bf16]
     #[arg(long, value_name = "DTYPE", value_enum)]
     dtype: Option<DtypeChoice>,
 
@@ -56,7 +57,7 @@ pub(crate) struct ExportArguments {
 enum FormChoice {
     /// A Hugging Face folder
     Weights,
-    /// Weights and both moments, for `overspill import`
+    /// Everything that the optimizer keeps, as it is stored, for `overspill import`
     State,
 }
 
@@ -89,7 +90,7 @@ fn options(arguments: &ExportArguments) -> anyhow::Result<ExportOptions> {
         (FormChoice::Weights, None | Some(DtypeChoice::Bf16)) => Form::Weights(Precision::Bf16),
         (FormChoice::Weights, Some(DtypeChoice::Fp32)) => Form::Weights(Precision::F32),
         (FormChoice::State, dtype) => {
-            ensure!(dtype != Some(DtypeChoice::Bf16), "--dtype bf16 is for weights: a state is fp32 always");
+            ensure!(dtype.is_none(), "--dtype is for weights: a state goes as it is stored");
             Form::State
         }
     };
@@ -110,7 +111,13 @@ fn table(exported: &Exported) -> Table {
         table.line(if index == 0 { "store" } else { "  and" }, directory.display());
     }
     table.line("folder", e.out.display());
-    table.line("contents", format!("{} as {}", e.form, e.dtype));
+    table.line(
+        "contents",
+        match e.form {
+            "state" => format!("state, with weights as {}", e.dtype),
+            form => format!("{form} as {}", e.dtype),
+        },
+    );
     if let Some(snapshot) = &e.snapshot {
         table.line("snapshot", snapshot);
     }

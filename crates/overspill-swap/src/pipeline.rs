@@ -9,6 +9,9 @@
 //! its blocks are free, and the item that is due waits for the oldest write when they are not. Tensors that are in
 //! memory for good cost no block and no transfer; tensors that were prefetched are waited for.
 //!
+//! Whoever subscribes to [`tracing`] at the debug level sees where the time goes: a span `pipeline`, in it for each item
+//! `swap_in`, `compute` and `swap_out`, and within these a `wait` wherever the thread waits for transfers or blocks.
+//!
 //! When [`run`] has succeeded, the writes of the last `depth` items may still be under way, behind whatever is computed
 //! next; their [slots](Slot) say so, and whoever uses or settles them learns how they ended. When it has failed,
 //! nothing is in flight any more.
@@ -17,6 +20,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use overspill_io::{Block, Pool, PoolError};
+use tracing::debug_span;
 
 use crate::error::StoreError;
 use crate::slot::{Coming, Present, Slot};
@@ -73,6 +77,8 @@ pub struct Timings {
     pub compute: Duration,
     /// Taking checksums, starting writes, and waiting for earlier ones.
     pub store: Duration,
+    /// Of loading and storing: waiting for transfers, comparing checksums of what has arrived, and waiting for blocks.
+    pub wait: Duration,
 }
 
 /// What a pipeline leaves.
@@ -94,6 +100,7 @@ pub fn run<E>(
     items: Vec<Item>,
     mut compute: impl FnMut(usize, &mut [&mut [u8]], &[&[u8]]) -> Result<(), E>,
 ) -> Result<Done, PipelineError<E>> {
+    let _span = debug_span!("pipeline", items = items.len(), depth = limits.depth).entered();
     let mut flight = Flight {
         limits,
         ahead: VecDeque::new(),
@@ -129,8 +136,9 @@ impl Flight<'_> {
         compute: &mut impl FnMut(usize, &mut [&mut [u8]], &[&[u8]]) -> Result<(), E>,
     ) -> Result<(), PipelineError<E>> {
         let mut items = VecDeque::from(items);
-        for index in 0..items.len() {
+        for item in 0..items.len() {
             let started = Instant::now();
+            let swap_in = debug_span!("swap_in", item).entered();
             while self.ahead.len() <= self.limits.depth
                 && let Some(next) = items.front()
             {
@@ -140,14 +148,19 @@ impl Flight<'_> {
                 }
             }
             let due = self.ahead.pop_front().expect("the item that is due was loaded before it");
-            let mut present = due.wait()?;
+            let mut present = waiting(&mut self.timings.wait, || due.wait())?;
+            drop(swap_in);
             let loaded = Instant::now();
-            present.compute(|edited, read| compute(index, edited, read)).map_err(PipelineError::Compute)?;
+            let computing = debug_span!("compute", item).entered();
+            present.compute(|edited, read| compute(item, edited, read)).map_err(PipelineError::Compute)?;
+            drop(computing);
             let computed = Instant::now();
+            let swap_out = debug_span!("swap_out", item).entered();
             self.behind.push_back(present.store());
             while self.behind.len() > self.limits.depth {
                 self.finish_oldest()?;
             }
+            drop(swap_out);
             self.timings.load += loaded - started;
             self.timings.compute += computed - loaded;
             self.timings.store += computed.elapsed();
@@ -168,7 +181,9 @@ impl Flight<'_> {
                 Err(PoolError::Exhausted { .. }) if !self.ahead.is_empty() => return Ok(None),
                 Err(PoolError::Exhausted { .. }) if !self.behind.is_empty() => self.finish_oldest()?,
                 // Somebody else holds the blocks: wait for them, within the pool's patience.
-                Err(PoolError::Exhausted { .. }) => break pool.lease_all(&wanted)?,
+                Err(PoolError::Exhausted { .. }) => {
+                    break waiting(&mut self.timings.wait, || pool.lease_all(&wanted))?;
+                }
                 Err(error) => return Err(error.into()),
             }
         };
@@ -178,7 +193,7 @@ impl Flight<'_> {
 
     fn finish_oldest(&mut self) -> Result<(), StoreError> {
         if let Some(oldest) = self.behind.pop_front() {
-            self.done.push(oldest.settle()?);
+            self.done.push(waiting(&mut self.timings.wait, || oldest.settle())?);
         }
         Ok(())
     }
@@ -192,6 +207,15 @@ impl Flight<'_> {
             drop(item.settle());
         }
     }
+}
+
+/// Waits, shows it, and counts how long it took.
+pub(crate) fn waiting<T>(waited: &mut Duration, wait: impl FnOnce() -> T) -> T {
+    let _span = debug_span!("wait").entered();
+    let started = Instant::now();
+    let result = wait();
+    *waited += started.elapsed();
+    result
 }
 
 /// Puts every tensor through `step`: all of them, so that nothing is in flight unseen when one has failed.

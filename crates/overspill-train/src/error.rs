@@ -103,22 +103,6 @@ pub enum TrainError {
         /// What is wrong with it.
         reason: String,
     },
-    /// Folders of whole states are those of one recipe.
-    #[error(
-        "{} is a state of {optimizer} with {weights} weights and {moments} moments, and folders of whole states are of \
-         adamw with f32 weights and f32 moments only; its weights can be exported (--form weights)",
-        path.display()
-    )]
-    StateForm {
-        /// The store's home, or the folder.
-        path: PathBuf,
-        /// Name of the rule.
-        optimizer: &'static str,
-        /// Format of the weights.
-        weights: &'static str,
-        /// Format of the moments.
-        moments: &'static str,
-    },
     /// Nothing was committed that could be taken out.
     #[error("{} has no committed state", path.display())]
     NothingCommitted {

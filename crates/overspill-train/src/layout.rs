@@ -12,7 +12,7 @@
 use std::ops::Range;
 
 use overspill_io::BLOCK_ALIGNMENT;
-use overspill_optim::Recipe;
+use overspill_optim::{Recipe, RecordLayout};
 
 use crate::config::ModelConfig;
 use crate::optimizer::single_precision_adamw;
@@ -178,14 +178,21 @@ impl ModelLayout {
         self.weight_bytes() == size_of::<f32>()
     }
 
+    /// The record of a tile of so many elements.
+    ///
+    /// # Panics
+    /// When a tile is longer than memory could be.
+    pub fn record(&self, tile_elements: usize) -> RecordLayout {
+        self.recipe.layout(tile_elements).expect("a tile fits in memory")
+    }
+
     /// Length of the record of a tile of so many elements, in whole disk blocks, in bytes; 0 when there is nothing to
     /// record.
     ///
     /// # Panics
     /// When a tile is longer than memory could be.
     pub fn record_bytes(&self, tile_elements: usize) -> usize {
-        let bytes = self.recipe.record_bytes(tile_elements).expect("a tile fits in memory");
-        bytes.next_multiple_of(BLOCK_ALIGNMENT)
+        self.record(tile_elements).bytes().next_multiple_of(BLOCK_ALIGNMENT)
     }
 
     /// Length of the records of all tiles of a unit, in bytes.

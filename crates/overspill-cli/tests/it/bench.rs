@@ -206,7 +206,7 @@ fn bench_step_moves_twenty_bytes_and_leaves_nothing_behind() {
     // Two tiles of ten bytes for each of 16 parameters, whose ends are padded to disk blocks.
     let arguments =
         ["bench", "step", "--parameters", "6500000", "--tile", "2MiB", "--pairs", "2", "--json", "n.json"];
-    let ended = place.run(&arguments);
+    let ended = place.run(&[&arguments[..], &["--durability", "step"]].concat());
     if ended.status != Some(0) {
         assert!(ended.stderr.contains("apt-get install fio"), "{}", ended.stderr);
         assert!(place.names().is_empty(), "{:?}", place.names());
@@ -217,7 +217,61 @@ fn bench_step_moves_twenty_bytes_and_leaves_nothing_behind() {
     for name in ["step_seconds", "bound_seconds", "step_over_bound"] {
         assert!(number(name) > 0.0, "{name}");
     }
+    let promises = numbers["by_durability"].as_array().unwrap();
+    let named: Vec<_> = promises.iter().map(|promise| promise["durability"].as_str().unwrap()).collect();
+    assert_eq!(named, ["none", "step"]);
+    assert!(promises.iter().all(|promise| promise["step_seconds"].as_f64().unwrap() > 0.0));
+    assert_eq!(promises[0]["step_seconds"], numbers["step_seconds"]);
+    assert!(ended.stdout.contains("step, --durability step"), "{}", ended.stdout);
     assert_eq!(number("resident_bytes"), 0.0);
     assert!((number("bytes_per_parameter_step") / 20.0 - 1.0).abs() < 0.01, "{numbers}");
     assert_eq!(place.names(), ["n.json"]);
+}
+
+#[test]
+fn what_a_step_moves_is_what_does_not_stay_in_memory() {
+    let _alone = huge_pages();
+    let place = Place::new();
+    // 64 tiles, so that every share is near to what is asked for.
+    let run = |more: &[&str]| {
+        let arguments = [
+            "bench",
+            "step",
+            "--parameters",
+            "6500000",
+            "--tile",
+            "1MiB",
+            "--pairs",
+            "2",
+            "--json",
+            "n.json",
+        ];
+        let ended = place.run(&[&arguments, more].concat());
+        assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+        (ended.stdout, read_json(&place.path("n.json")))
+    };
+    let (table, numbers) = run(&["--resident", "0,25,50,75,100"]);
+    let shares = numbers["shares"].as_array().unwrap();
+    let number = |share: &Value, name: &str| share[name].as_f64().unwrap();
+    let asked = [0.0, 0.25, 0.5, 0.75, 1.0];
+    assert_eq!(shares.len(), asked.len());
+    let all = number(&shares[0], "bytes_per_parameter_step");
+    assert!((all / 20.0 - 1.0).abs() < 0.02, "{numbers}");
+    for (share, asked) in shares.iter().zip(asked) {
+        let fraction = number(share, "resident_fraction");
+        // Not more, and not less by two tiles.
+        assert!((-0.03..=0.0).contains(&(fraction - asked)), "{fraction} of {asked}");
+        let moved = number(share, "bytes_per_parameter_step");
+        assert!((moved - all * (1.0 - fraction)).abs() <= 0.02 * all * (1.0 - fraction), "{share}");
+        assert!(number(share, "step_seconds_median") > 0.0);
+    }
+    assert_eq!(number(&shares[4], "bytes_per_parameter_step"), 0.0);
+    assert!(table.contains("100.0 %") && table.contains("--durability none"), "{table}");
+
+    // What is committed is written, wherever it stays.
+    let (_, numbers) = run(&["--resident", "100", "--durability", "step"]);
+    let moved = number(&numbers["shares"][0], "bytes_per_parameter_step");
+    assert!((moved / 10.0 - 1.0).abs() < 0.02, "{numbers}");
+    assert_eq!(place.names(), ["n.json"]);
+    assert_eq!(place.run(&["bench", "step", "--resident", "101"]).status, Some(2));
 }

@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use overspill_train::checkpoint::Checkpoint;
 use overspill_train::layout::ModelLayout;
 use serde_json::Value;
 
-use crate::command::{Place, read_json};
+use crate::command::{Ended, Place, SMALL, read_json};
 
 /// A folder with a kept run by these arguments in `swap`, and what it has written as `model`.
 fn kept(arguments: &[&str]) -> Place {
@@ -128,40 +129,90 @@ fn exact_weights_come_out_of_remainders_and_stored_ones_as_they_are() {
     let whole = exported(&place, "whole", "fp32");
     assert!(whole == weights(&place.path("model")));
     assert!(whole == exported(&place, "half", "bf16"));
-    let place = kept(&["--optimizer", "sgd"]);
-    assert!(exported(&place, "whole", "fp32") == weights(&place.path("model")));
+    for recipe in [&["--optimizer", "sgd"][..], &["--optimizer", "adagrad", "--moments", "8bit"]] {
+        let place = kept(recipe);
+        let whole = exported(&place, "whole", "fp32");
+        assert!(whole == weights(&place.path("model")));
+        // To the nearest, and to the even one of two.
+        let rounded = whole.iter().map(|bits| (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff_0000);
+        assert!(exported(&place, "half", "bf16").into_iter().eq(rounded), "{recipe:?}");
+    }
 }
 
-#[test]
-fn a_whole_state_is_exported_of_adamw_in_single_precision_only() {
-    for (recipe, names) in [
-        (&["--weights", "bf16"][..], "adamw with bf16 weights and f32 moments"),
-        (&["--moments", "8bit"], "adamw with f32 weights and 8bit moments"),
-        (&["--optimizer", "adam"], "adam with f32 weights and f32 moments"),
-        (&["--optimizer", "sgd"], "sgd with f32 weights and f32 moments"),
-    ] {
-        let place = kept(recipe);
-        place.run(&["export", "swap", "state", "--form", "state"]).refused(&[
-            "is a state of",
-            names,
-            "--form weights",
-        ]);
-        assert!(!place.path("state").exists());
-    }
-    let place = kept(&[]);
-    assert_eq!(place.run(&["export", "swap", "state", "--form", "state"]).status, Some(0));
-    let said = read_json(&place.path("state/state.json"));
-    let adamw = serde_json::json!({ "optimizer": "adamw", "weights": "f32", "moments": "f32" });
-    assert_eq!(said["recipe"], adamw);
+/// Recipes that a state may be of: every optimizer, and every pair of formats.
+const RECIPES: [&[&str]; 15] = [
+    &[],
+    &["--moments", "bf16"],
+    &["--moments", "8bit"],
+    &["--weights", "bf16"],
+    &["--weights", "bf16", "--moments", "bf16"],
+    &["--weights", "bf16", "--moments", "8bit"],
+    &["--weights", "bf16-stochastic"],
+    &["--weights", "bf16-stochastic", "--moments", "bf16"],
+    &["--weights", "bf16-stochastic", "--moments", "8bit"],
+    &["--optimizer", "adam", "--weights", "bf16"],
+    &["--optimizer", "sgd"],
+    &["--optimizer", "sgd", "--weights", "bf16"],
+    &["--optimizer", "sgd", "--momentum", "0.9", "--moments", "8bit"],
+    &["--optimizer", "adagrad", "--weights", "bf16-stochastic", "--moments", "bf16"],
+    &["--optimizer", "lion", "--weights", "bf16", "--moments", "8bit"],
+];
 
-    // A folder that says that it is another's is not taken in, whatever its files are.
-    let path = place.path("state/state.safetensors");
+#[test]
+fn a_state_of_any_recipe_is_gone_on_with_after_export_and_import_as_if_nothing_had_happened() {
+    for recipe in RECIPES {
+        let place = Place::new();
+        ["swap", "other"].iter().for_each(|disk| fs::create_dir(place.path(disk)).unwrap());
+        let steps = ["--steps", "24", "--seed", "3", "--quiet", "--json", "numbers.json"];
+        let arguments = [&["train"], &SMALL[..14], &steps, recipe].concat();
+        let train = |more: &[&str]| place.command(&[arguments.as_slice(), more].concat());
+        let finished = |more: &[&str]| {
+            let ended = Ended::of(&train(more).output().unwrap());
+            assert_eq!(ended.status, Some(0), "{recipe:?}: {}", ended.stderr);
+            read_json(&place.path("numbers.json"))
+        };
+        let reference = finished(&["--out", "reference"])["losses"].as_array().unwrap().clone();
+
+        let mut child = train(&["--swap-dir", "swap", "--keep"]).spawn().unwrap();
+        let began = Instant::now();
+        // The second commit is the first step's.
+        while !place.path("swap/overspill-store/manifest.previous").exists() {
+            assert!(began.elapsed() < Duration::from_secs(60), "nothing is committed");
+            std::thread::yield_now();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let succeeds = |arguments: &[&str]| {
+            let ended = place.run(arguments);
+            assert_eq!(ended.status, Some(0), "{recipe:?} {arguments:?}: {}", ended.stderr);
+        };
+        succeeds(&["export", "swap", "state", "--form", "state"]);
+        succeeds(&["import", "state", "--swap-dir", "other"]);
+        succeeds(&["export", "other", "again", "--form", "state"]);
+        for name in ["state.json", "state.safetensors"] {
+            let [first, second] =
+                ["state", "again"].map(|folder| fs::read(place.path(folder).join(name)).unwrap());
+            assert!(first == second, "{recipe:?}: {name}");
+        }
+        for (disk, out) in [("swap", "straight"), ("other", "detour")] {
+            let numbers = finished(&["--swap-dir", disk, "--resume", "--out", out]);
+            let first = numbers["first_step"].as_u64().unwrap() as usize;
+            assert!(first > 1);
+            assert_eq!(numbers["losses"].as_array().unwrap(), &reference[first - 1..], "{recipe:?} {disk}");
+            assert!(weights(&place.path(out)) == weights(&place.path("reference")), "{recipe:?} {disk}");
+        }
+    }
+}
+
+/// Changes what a folder of a state says of itself, in its description and in the header of its one file.
+fn retold(place: &Place, change: impl Fn(&mut Value, &mut Value)) {
+    let (path, description) = (place.path("state/state.safetensors"), place.path("state/state.json"));
     let text = fs::read(&path).unwrap();
     let (length, rest) = text.split_first_chunk().unwrap();
     let (header, data) = rest.split_at(usize::try_from(u64::from_le_bytes(*length)).unwrap());
     let mut header: Value = serde_json::from_slice(header).unwrap();
-    let mut said = said;
-    said["recipe"]["optimizer"] = "lion".into();
+    let mut said = read_json(&description);
+    change(&mut said, &mut header);
     // The files repeat everything but the checksums.
     let mut note = said.clone();
     note.as_object_mut().unwrap().remove("checksums");
@@ -170,9 +221,78 @@ fn a_whole_state_is_exported_of_adamw_in_single_precision_only() {
     header.resize(header.len().next_multiple_of(8), b' ');
     let length = (header.len() as u64).to_le_bytes();
     fs::write(&path, [&length[..], &header, data].concat()).unwrap();
-    fs::write(place.path("state/state.json"), said.to_string()).unwrap();
+    fs::write(description, said.to_string()).unwrap();
+}
+
+#[test]
+fn a_folder_that_says_that_it_is_of_another_recipe_is_not_taken_in_whatever_its_files_are() {
+    let place = kept(&["--weights", "bf16"]);
     fs::create_dir(place.path("other")).unwrap();
-    let import = ["import", "state", "--swap-dir", "other"];
-    place.run(&import).refused(&["is a state of lion with f32 weights and f32 moments"]);
-    assert_eq!(fs::read_dir(place.path("other")).unwrap().count(), 0);
+    assert_eq!(place.run(&["export", "swap", "state", "--form", "state"]).status, Some(0));
+    let said = read_json(&place.path("state/state.json"));
+    let recipe = serde_json::json!({ "optimizer": "adamw", "weights": "bf16", "moments": "f32" });
+    assert_eq!((&said["recipe"], &said["version"]), (&recipe, &Value::from(3)));
+    assert_eq!(read_json(&place.path("state/config.json"))["torch_dtype"], "bfloat16");
+    for (field, value, says) in [
+        ("optimizer", "lion", "exp_avg_sq does not belong to the model"),
+        ("optimizer", "adagrad", ".sum is missing"),
+        ("weights", "f32", "has dtype BF16, expected F32"),
+        ("weights", "bf16-stochastic", ".master does not belong to the model"),
+        ("moments", "8bit", "has dtype F32, expected U8"),
+        ("moments", "4bit", "its recipe is not known here"),
+    ] {
+        retold(&place, |said, _| {
+            said["recipe"] = recipe.clone();
+            said["recipe"][field] = value.into();
+        });
+        place.run(&["import", "state", "--swap-dir", "other"]).refused(&["state", says]);
+        assert_eq!(fs::read_dir(place.path("other")).unwrap().count(), 0);
+    }
+    retold(&place, |said, _| said["recipe"] = recipe.clone());
+    assert_eq!(place.run(&["import", "state", "--swap-dir", "other"]).status, Some(0));
+    let resumed = ["--swap-dir", "other", "--resume"];
+    place.train(&resumed).refused(&["--weights was bf16, and is f32 now"]);
+    assert_eq!(place.train(&[&resumed[..], &["--weights", "bf16"]].concat()).status, Some(0));
+}
+
+#[test]
+fn a_state_that_was_exported_before_its_tensors_got_their_names_is_imported() {
+    let place = kept(&[]);
+    ["second", "first"].iter().for_each(|disk| fs::create_dir(place.path(disk)).unwrap());
+    assert_eq!(place.run(&["export", "swap", "state", "--form", "state"]).status, Some(0));
+    let exported = fs::read(place.path("state/state.json")).unwrap();
+    let older = |name: &str| match name.rsplit_once('.') {
+        Some((parameter, array @ ("exp_avg" | "exp_avg_sq"))) => format!("{array}.{parameter}"),
+        _ if name == "__metadata__" => name.to_owned(),
+        _ => format!("weight.{name}"),
+    };
+    let renamed = |names: &Value| -> Value {
+        let names = names.as_object().unwrap().iter();
+        Value::Object(names.map(|(name, value)| (older(name), value.clone())).collect())
+    };
+    retold(&place, |said, header| {
+        said["version"] = 2.into();
+        // Older than recipes, too.
+        said.as_object_mut().unwrap().remove("recipe");
+        said["checksums"] = renamed(&said["checksums"]);
+        *header = renamed(header);
+    });
+    assert_eq!(place.run(&["import", "state", "--swap-dir", "second"]).status, Some(0));
+    assert_eq!(place.run(&["export", "second", "back", "--form", "state"]).status, Some(0));
+    let back = read_json(&place.path("back/state.json"));
+    let exported: Value = serde_json::from_slice(&exported).unwrap();
+    assert_eq!(back["checksums"], exported["checksums"]);
+    retold(&place, |said, _| {
+        said["version"] = 1.into();
+        said.as_object_mut().unwrap().remove("checksums");
+    });
+    let ended = place.run(&["import", "state", "--swap-dir", "first"]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    assert!(ended.stderr.contains("nothing was compared"), "{}", ended.stderr);
+    // None of these was of another recipe.
+    retold(&place, |said, _| {
+        said["recipe"] = serde_json::json!({ "optimizer": "lion", "weights": "f32", "moments": "f32" });
+    });
+    let refused = place.run(&["import", "state", "--swap-dir", "first"]);
+    refused.refused(&["before version 3 there were states of adamw in single precision only"]);
 }

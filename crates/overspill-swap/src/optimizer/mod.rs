@@ -1,7 +1,9 @@
 //! Optimizer state that lives on storage, for whoever has the parameters in memory.
 //!
 //! ```text
-//! backward:  swap_out_gradient(parameter, offset, bytes) ─► gathered, or on storage        prefetch(): first tiles come in
+//! backward:  pre_backward(): earlier writes have ended well, first tiles come in
+//!            swap_out_gradient(parameter, offset, bytes) ─► gathered, or on storage
+//!            post_backward(): gradients are there
 //! step:      pass(…): tile ─load─► each part { state, gradient } ─► compute ─store─► tile     the last writes go on behind
 //! forward:   …                                                                             settle(): they have ended well
 //! ```
@@ -16,6 +18,10 @@
 //! State has no contents until the first pass that changes it: the computation sees zeros then, and
 //! [`PartView::is_new`]. When a pass fails, the state is lost as far as it was not committed, and
 //! [`OptimizerSwapper::roll_back`] brings the committed one back.
+//!
+//! Where the time goes is summed up in [`Phases`]. Whoever subscribes to [`tracing`] at the debug level sees each phase as
+//! a span: `pre_backward`, `gradient_swap_out`, `post_backward`, a `pass` with the spans of its
+//! [pipeline], `settle`, and a `wait` within whatever waits.
 
 mod error;
 mod extend;
@@ -30,6 +36,7 @@ use std::time::Instant;
 
 use overspill_io::{Pool, PoolError};
 use serde_json::{Value, json};
+use tracing::debug_span;
 
 pub use self::error::{OptimizerError, PassError};
 use self::gradient::{Gradients, Means, TileGradient};
@@ -39,7 +46,7 @@ pub use self::plan::{DEPTH_DEFAULT, OptimizerPlan, PlanOptions, TILE_BYTES_DEFAU
 use crate::error::StoreError;
 use crate::ledger::Worth;
 use crate::manifest::checksum;
-use crate::pipeline::{self, Done, Item, Limits};
+use crate::pipeline::{self, Done, Item, Limits, waiting};
 use crate::slot::{Kept, Slot};
 use crate::store::Store;
 
@@ -252,6 +259,7 @@ impl OptimizerSwapper {
         bytes: &[u8],
     ) -> Result<(), OptimizerError> {
         let started = Instant::now();
+        let _span = debug_span!("gradient_swap_out", parameter, offset, bytes = bytes.len()).entered();
         let element_bytes = self.plan.gradient_bytes.ok_or(OptimizerError::GradientsStay)?;
         let tiles = self.tiles(parameter)?;
         let (elements, rest) = (bytes.len() / element_bytes, bytes.len() % element_bytes);
@@ -340,10 +348,13 @@ impl OptimizerSwapper {
     /// [`OptimizerError::Store`] of the first write that failed; its gradients are in memory again.
     pub fn flush_gradients(&mut self) -> Result<(), OptimizerError> {
         let started = Instant::now();
+        let _span = debug_span!("gradient_flush").entered();
         self.writing.clear();
+        let settle = || self.gradients.iter_mut().map(TileGradient::settle).collect();
+        let settled: Vec<_> = waiting(&mut self.phases.wait, settle);
         let mut first_error = Ok(());
-        for index in 0..self.gradients.len() {
-            if let Err(error) = self.gradients[index].settle() {
+        for (index, result) in settled.into_iter().enumerate() {
+            if let Err(error) = result {
                 self.note(index);
                 first_error = first_error.and(Err(error));
             }
@@ -364,12 +375,35 @@ impl OptimizerSwapper {
         self.gradients.iter().map(TileGradient::memory_bytes).sum()
     }
 
+    /// What to call before backward computes: waits for the writes that the last pass left under way, and starts loading
+    /// the first tiles of the next one, as [`OptimizerSwapper::prefetch`] does. Before each of several micro-batches it is
+    /// as good as before the first: what is being loaded stays under way.
+    ///
+    /// # Errors
+    /// [`OptimizerError::Store`] of the first write that failed; that tile's state is lost.
+    pub fn pre_backward(&mut self) -> Result<(), OptimizerError> {
+        let _span = debug_span!("pre_backward").entered();
+        self.settle_those(|slot| !matches!(slot, Slot::Loading(_)))?;
+        self.prefetch()
+    }
+
+    /// What to call when backward has handed all gradients over: those that go to storage are there afterwards, as after
+    /// [`OptimizerSwapper::flush_gradients`].
+    ///
+    /// # Errors
+    /// [`OptimizerError::Store`] of the first write that failed.
+    pub fn post_backward(&mut self) -> Result<(), OptimizerError> {
+        let _span = debug_span!("post_backward").entered();
+        self.flush_gradients()
+    }
+
     /// Starts loading the first tiles of the next pass, as many as the pipeline loads ahead: what to do while backward
     /// computes.
     ///
     /// # Errors
     /// [`OptimizerError::Store`] when an earlier write of such a tile failed.
     pub fn prefetch(&mut self) -> Result<(), OptimizerError> {
+        let _span = debug_span!("prefetch").entered();
         let block_bytes = self.plan.longest_tile();
         let mut begun = 0;
         for slot in &mut self.slots {
@@ -443,6 +477,7 @@ impl OptimizerSwapper {
             parts.any(|(i, part)| wants(part.parameter) && (way != Way::Read || has_contents(index, i)))
         };
         let wanted: Vec<usize> = (0..self.slots.len()).filter(|&index| is_wanted(index)).collect();
+        let _span = debug_span!("pass", ?way, tiles = wanted.len()).entered();
 
         // Blocks that were filled for a pass over other tiles are wanted now.
         for slot in self.slots.iter_mut().enumerate().filter_map(|(i, slot)| (!is_wanted(i)).then_some(slot))
@@ -530,6 +565,7 @@ impl OptimizerSwapper {
         self.phases.swap_in += timings.load;
         self.phases.compute += timings.compute;
         self.phases.swap_out += timings.store;
+        self.phases.wait += timings.wait;
         self.phases.passes += 1;
         if way == Way::Step {
             self.clear_gradients();
@@ -564,26 +600,35 @@ impl OptimizerSwapper {
     /// # Errors
     /// [`OptimizerError::Store`] of the first one that failed; that tile's state is lost if it does not stay in memory.
     pub fn settle(&mut self) -> Result<(), OptimizerError> {
+        self.settle_those(|_| true)
+    }
+
+    fn settle_those(&mut self, are_meant: impl Fn(&Slot) -> bool) -> Result<(), OptimizerError> {
         let started = Instant::now();
-        let mut first_error = Ok(());
-        for slot in &mut self.slots {
-            let settled = match slot.take() {
-                Some(Slot::Saving(saving)) => {
-                    let saved = saving.wait().map(|tensor| Some(Slot::Kept(Kept::Clean(tensor))));
-                    saved.map_err(|failed| {
-                        *slot = failed.tensor.map(|tensor| Slot::Kept(Kept::Dirty(tensor)));
-                        failed.error
-                    })
+        let _span = debug_span!("settle").entered();
+        let settle = || {
+            let mut first_error = Ok(());
+            for slot in self.slots.iter_mut().filter(|slot| slot.as_ref().is_some_and(&are_meant)) {
+                let settled = match slot.take() {
+                    Some(Slot::Saving(saving)) => {
+                        let saved = saving.wait().map(|tensor| Some(Slot::Kept(Kept::Clean(tensor))));
+                        saved.map_err(|failed| {
+                            *slot = failed.tensor.map(|tensor| Slot::Kept(Kept::Dirty(tensor)));
+                            failed.error
+                        })
+                    }
+                    others => others.map(Slot::settle).transpose(),
+                };
+                match settled {
+                    Ok(settled) => *slot = settled,
+                    Err(error) => first_error = first_error.and(Err(error)),
                 }
-                others => others.map(Slot::settle).transpose(),
-            };
-            match settled {
-                Ok(settled) => *slot = settled,
-                Err(error) => first_error = first_error.and(Err(error)),
             }
-        }
+            first_error
+        };
+        let settled = waiting(&mut self.phases.wait, settle);
         self.phases.swap_out += started.elapsed();
-        Ok(first_error?)
+        Ok(settled?)
     }
 
     /// Makes the state the next generation of the store, with what is only in memory; `meta` goes with it.
@@ -627,7 +672,7 @@ impl OptimizerSwapper {
         self.take_up()
     }
 
-    /// Where the time went.
+    /// Where the time went; as text it is one line, for whoever logs it.
     pub fn phases(&self) -> Phases {
         self.phases
     }

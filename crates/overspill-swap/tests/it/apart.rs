@@ -6,6 +6,12 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
+/// Runs the ignored test `name` of this binary in a process of its own.
+pub(crate) fn alone(name: &str) {
+    let binary = std::env::current_exe().unwrap();
+    passed(&Command::new(binary).args(["--ignored", "--exact", name]).output().unwrap());
+}
+
 /// Runs the ignored test `name` of this binary in a process of its own, which the limit on the size of files does not
 /// kill.
 pub(crate) fn unstopped(name: &str) {

@@ -18,6 +18,7 @@ mod store;
 mod survey;
 mod swapper;
 mod tiles;
+mod trace;
 mod view;
 mod volumes;
 mod wishes;

@@ -16,7 +16,12 @@ use tempfile::TempDir;
 const GRADIENT_BYTES: usize = 4;
 
 fn spec(name: &str, numel: usize, state_bytes: usize) -> ParameterSpec {
-    ParameterSpec { name: name.to_owned(), numel, state: StateSize::per_element(state_bytes) }
+    ParameterSpec {
+        name: name.to_owned(),
+        numel,
+        state: StateSize::per_element(state_bytes),
+        begins_tile: false,
+    }
 }
 
 /// A plan that keeps nothing.
@@ -281,7 +286,9 @@ fn plans_that_nobody_can_pay_for_are_refused() {
     for depth in [depth(usize::MAX), depth(usize::MAX / 2), depth(1 << 40)] {
         OptimizerPlan::new(&few, &depth).unwrap_err();
     }
-    let whole = |bytes| [ParameterSpec { name: "w".to_owned(), numel: 3, state: StateSize::Whole(bytes) }];
+    let whole = |bytes| {
+        [ParameterSpec { name: "w".to_owned(), numel: 3, state: StateSize::Whole(bytes), begins_tile: false }]
+    };
     let many = [spec("a", usize::MAX, 10)];
     let two = [spec("a", usize::MAX / 2, 1), spec("b", usize::MAX, 1)];
     for specs in [&whole(usize::MAX)[..], &whole(usize::MAX - 100), &many, &two] {

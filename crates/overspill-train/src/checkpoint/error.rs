@@ -88,6 +88,19 @@ pub enum CheckpointError {
         /// What is there.
         found: u64,
     },
+    /// Stored weights are not what the exact ones round to, so no state has both.
+    #[error(
+        "{path}: the numbers of tensor {tensor} are not those that its exact ones, {masters}, round to",
+        path = path.display()
+    )]
+    NotRounded {
+        /// The stored weights.
+        tensor: String,
+        /// The exact ones.
+        masters: String,
+        /// The file that holds the stored ones.
+        path: PathBuf,
+    },
     /// The index does not list shards.
     #[error("{path}: not an index of shards: {reason}", path = path.display())]
     Index {

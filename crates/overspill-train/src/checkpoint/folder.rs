@@ -9,11 +9,10 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use half::slice::HalfFloatSliceExt;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::plan::{self, Precision, ShardPlan, Stem, TensorPlan};
+use super::plan::{self, ShardPlan, Stem, TensorPlan};
 use super::staging::Staging;
 use super::state::{self, STATE};
 use super::tensors::{is_there, open_regular};
@@ -35,9 +34,6 @@ pub(super) fn is_made_name(name: &str) -> bool {
         || [MODEL, state::STEM].iter().any(|stem| stem.names(name))
 }
 
-/// Numbers that are rounded at a time.
-const PIECE_ELEMENTS: usize = 1 << 16;
-
 /// Everything that a folder will have.
 #[derive(Debug)]
 pub(super) struct Contents<'a> {
@@ -58,17 +54,24 @@ pub(super) struct FolderWriter {
     slots: HashMap<String, Slot>,
     shards: Vec<Shard>,
     staging: Staging,
-    /// Numbers that were rounded.
-    rounded: Vec<half::bf16>,
 }
 
-/// Where the rest of a tensor goes.
+/// Where a tensor goes, and how far it is there.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
     shard: usize,
+    start: u64,
     next: u64,
     end: u64,
-    precision: Precision,
+}
+
+/// Where a piece was put.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Appended {
+    /// Its first byte within the tensor.
+    pub(super) start: u64,
+    /// Length of the whole tensor, in bytes.
+    pub(super) length: u64,
 }
 
 /// A file of tensors.
@@ -103,41 +106,29 @@ impl FolderWriter {
         }
         let (mut shards, mut slots) = (Vec::with_capacity(plans.len()), HashMap::new());
         for (shard, plan) in plans.into_iter().enumerate() {
-            let (file, mut next) = Shard::begin(&mut staging, &plan, note.as_ref())?;
+            let (file, mut start) = Shard::begin(&mut staging, &plan, note.as_ref())?;
             shards.push(file);
             for tensor in plan.tensors {
-                let end = next + tensor.bytes();
-                slots.insert(tensor.name, Slot { shard, next, end, precision: tensor.precision });
-                next = end;
+                let end = start + tensor.bytes();
+                slots.insert(tensor.name, Slot { shard, start, next: start, end });
+                start = end;
             }
         }
-        Ok(Self { slots, shards, staging, rounded: Vec::new() })
+        Ok(Self { slots, shards, staging })
     }
 
-    /// Writes the next elements of a tensor.
+    /// Writes the next bytes of a tensor.
     ///
     /// # Panics
-    /// When the folder has no such tensor, or it would have more elements than were planned.
-    pub(super) fn append(&mut self, tensor: &str, values: &[f32]) -> Result<(), CheckpointError> {
+    /// When the folder has no such tensor, or it would have more bytes than were planned.
+    pub(super) fn append(&mut self, tensor: &str, bytes: &[u8]) -> Result<Appended, CheckpointError> {
         let slot = self.slots.get_mut(tensor).expect("only planned tensors are written");
-        let shard = &self.shards[slot.shard];
-        let length = (values.len() * slot.precision.bytes()) as u64;
-        assert!(slot.next + length <= slot.end, "{tensor} is longer than planned");
-        match slot.precision {
-            Precision::F32 => shard.write(slot.next, bytemuck::cast_slice(values))?,
-            Precision::Bf16 => {
-                let mut next = slot.next;
-                for values in values.chunks(PIECE_ELEMENTS) {
-                    self.rounded.resize(values.len(), half::bf16::ZERO);
-                    self.rounded.convert_from_f32_slice(values);
-                    let bytes: &[u8] = bytemuck::cast_slice(&self.rounded);
-                    shard.write(next, bytes)?;
-                    next += bytes.len() as u64;
-                }
-            }
-        }
-        slot.next += length;
-        Ok(())
+        let end = slot.next + bytes.len() as u64;
+        assert!(end <= slot.end, "{tensor} is longer than planned");
+        self.shards[slot.shard].write(slot.next, bytes)?;
+        let appended = Appended { start: slot.next - slot.start, length: slot.end - slot.start };
+        slot.next = end;
+        Ok(appended)
     }
 
     /// Writes a small file anew, with a text as long as the first one, for which it has the room.

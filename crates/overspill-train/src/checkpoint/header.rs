@@ -72,7 +72,7 @@ pub(super) fn write(
     let infos = tensors.iter().map(|tensor| {
         let start = end;
         end += tensor.bytes() as usize;
-        let (dtype, shape) = (tensor.precision.dtype(), tensor.shape.clone());
+        let (dtype, shape) = (tensor.dtype, tensor.shape.clone());
         (tensor.name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) })
     });
     // One thing is said, because the order of several would differ from file to file. Releases of transformers before 5
@@ -97,12 +97,12 @@ mod tests {
     use std::io::Write;
 
     use proptest::prelude::*;
+    use safetensors::Dtype;
 
     use super::*;
-    use crate::checkpoint::Precision;
 
     fn tensor(name: &str, shape: &[usize]) -> TensorPlan {
-        TensorPlan { name: name.to_owned(), shape: shape.to_vec(), precision: Precision::F32 }
+        TensorPlan { name: name.to_owned(), shape: shape.to_vec(), dtype: Dtype::F32 }
     }
 
     fn read_bytes(bytes: &[u8]) -> Result<Header, CheckpointError> {

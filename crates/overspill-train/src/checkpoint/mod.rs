@@ -4,7 +4,7 @@
 //! `model.safetensors.index.json` lists), and the tokenizer's files. [`Checkpoint`] reads one: headers are checked
 //! completely when it is opened, weights are read a parameter at a time at their place. [`CheckpointWriter`] writes
 //! one, a unit at a time, beside its final name, and gives it that name when it is whole. A whole training state, with
-//! both moments, goes into a folder of its own kind (`state.rs`). What a process that died was writing is found, and removed,
+//! all moments, goes into a folder of its own kind (`state.rs`). What a process that died was writing is found, and removed,
 //! by [`unfinished`].
 
 mod checksum;
@@ -22,8 +22,9 @@ mod writer;
 pub use error::{Action, CheckpointError};
 pub(crate) use folder::TOKENIZER;
 pub use plan::Precision;
+pub(crate) use plan::TensorPlan;
 pub use reader::Checkpoint;
-pub(crate) use state::{StateArray, StateFolder, StateWriter};
+pub(crate) use state::{Naming, StateFolder, StateWriter};
 pub use unfinished::{Unfinished, Writer, unfinished};
 pub use writer::{CheckpointWriter, SHARD_BYTES_MAX};
 

@@ -31,7 +31,7 @@ impl Precision {
         }
     }
 
-    pub(super) fn dtype(self) -> Dtype {
+    fn dtype(self) -> Dtype {
         match self {
             Self::F32 => Dtype::F32,
             Self::Bf16 => Dtype::BF16,
@@ -39,24 +39,30 @@ impl Precision {
     }
 }
 
-/// A tensor that will be written.
+/// A tensor that will be written, or must be there.
 #[derive(Clone, Debug)]
-pub(super) struct TensorPlan {
-    pub(super) name: String,
-    pub(super) shape: Vec<usize>,
-    pub(super) precision: Precision,
+pub(crate) struct TensorPlan {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) dtype: Dtype,
 }
 
 impl TensorPlan {
-    /// A parameter under its own name, or under one that begins with `prefix`.
-    pub(super) fn of(parameter: &Parameter, prefix: &str, precision: Precision) -> Self {
-        Self { name: format!("{prefix}{}", parameter.name), shape: parameter.shape.clone(), precision }
+    /// A parameter under its own name.
+    pub(super) fn of(parameter: &Parameter, precision: Precision) -> Self {
+        let (name, shape) = (parameter.name.clone(), parameter.shape.clone());
+        Self { name, shape, dtype: precision.dtype() }
     }
 
     /// Its length, in bytes.
     pub(super) fn bytes(&self) -> u64 {
-        (self.shape.iter().product::<usize>() * self.precision.bytes()) as u64
+        bytes(&self.shape, self.dtype)
     }
+}
+
+/// Length of a tensor, in bytes.
+pub(super) fn bytes(shape: &[usize], dtype: Dtype) -> u64 {
+    (shape.iter().product::<usize>() * dtype.bitsize() / 8) as u64
 }
 
 /// A file of tensors that will be written.

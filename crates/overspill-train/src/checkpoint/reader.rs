@@ -93,12 +93,27 @@ impl Checkpoint {
         start: usize,
         out: &mut [f32],
     ) -> Result<(), CheckpointError> {
-        read_part(&self.tensors, "", unit, start, out)
+        let mut end = start;
+        for (range, parameter) in unit.parameters_within(start..start + out.len()) {
+            out[end - start..range.start - start].fill(0.0);
+            let tensor = self.tensors.find(&parameter.name, &parameter.shape)?;
+            let first = range.start - parameter.range.start;
+            self.tensors.read(tensor, first, &mut out[range.start - start..range.end - start])?;
+            end = range.end;
+        }
+        out[end - start..].fill(0.0);
+        Ok(())
     }
 
     /// Proves that the files hold the model that the configuration describes and nothing else.
     fn check(&self) -> Result<(), CheckpointError> {
-        let expected = check(&self.tensors, &self.config, &[""], &[Dtype::F32, Dtype::BF16, Dtype::F16])?;
+        vouch(&self.tensors, &self.config, |name| name.to_owned())?;
+        let mut expected = BTreeSet::new();
+        for parameter in ModelLayout::new(&self.config).units().iter().flat_map(|unit| &unit.parameters) {
+            let dtypes = [Dtype::F32, Dtype::BF16, Dtype::F16];
+            check(&self.tensors, &parameter.name, &parameter.shape, &dtypes)?;
+            expected.insert(parameter.name.clone());
+        }
         no_strangers(&self.tensors, |name| expected.contains(name) || self.is_harmless(name))
     }
 
@@ -108,35 +123,33 @@ impl Checkpoint {
     }
 }
 
-/// Proves that each parameter of a model is there once for each prefix, with its shape and one of these dtypes; says the
-/// names of all.
-pub(super) fn check(
+/// Proves that a layout of the model, which is as large as the configuration claims, is no larger than the files. The last
+/// layer's widest attention matrix vouches for the claim: it is there, by its name as `called`, and the product of its
+/// sides was found not to overflow.
+pub(super) fn vouch(
     tensors: &Tensors,
     config: &ModelConfig,
-    prefixes: &[&str],
-    dtypes: &[Dtype],
-) -> Result<BTreeSet<String>, CheckpointError> {
-    // A layout is as large as the configuration claims. The last layer's widest attention matrix vouches for
-    // the claim: it is there, and the product of its sides was found not to overflow.
-    let first = prefixes.first().copied().unwrap_or_default();
-    let last = format!("{first}model.layers.{}.self_attn.q_proj.weight", config.layers - 1);
+    called: impl Fn(&str) -> String,
+) -> Result<(), CheckpointError> {
+    let last = format!("model.layers.{}.self_attn.q_proj.weight", config.layers - 1);
     let heads = [config.heads, config.head_dim].map(|size| size as u64).iter().product::<u64>();
-    tensors.find(&last, &[heads as usize, config.hidden])?;
+    tensors.find(&called(&last), &[heads as usize, config.hidden]).map(drop)
+}
 
-    let mut expected = BTreeSet::new();
-    for parameter in ModelLayout::new(config).units().iter().flat_map(|unit| &unit.parameters) {
-        for prefix in prefixes {
-            let name = format!("{prefix}{}", parameter.name);
-            let tensor = tensors.find(&name, &parameter.shape)?;
-            if !dtypes.contains(&tensor.dtype) {
-                let (path, found) = (tensors.path(tensor).to_owned(), tensor.dtype.to_string());
-                let expected = dtypes.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
-                return Err(CheckpointError::WrongDtype { tensor: name, path, expected, found });
-            }
-            expected.insert(name);
-        }
+/// Proves that a tensor is there, with this shape and one of these dtypes.
+pub(super) fn check(
+    tensors: &Tensors,
+    name: &str,
+    shape: &[usize],
+    dtypes: &[Dtype],
+) -> Result<(), CheckpointError> {
+    let tensor = tensors.find(name, shape)?;
+    if dtypes.contains(&tensor.dtype) {
+        return Ok(());
     }
-    Ok(expected)
+    let (path, found) = (tensors.path(tensor).to_owned(), tensor.dtype.to_string());
+    let expected = dtypes.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
+    Err(CheckpointError::WrongDtype { tensor: name.to_owned(), path, expected, found })
 }
 
 /// Proves that there are no tensors but those that are known.
@@ -151,24 +164,4 @@ pub(super) fn no_strangers(
             path: tensors.path(tensor).to_owned(),
         }),
     }
-}
-
-/// Reads the elements of a unit from `start` on, of tensors whose names begin with `prefix`; padding becomes zero.
-pub(super) fn read_part(
-    tensors: &Tensors,
-    prefix: &str,
-    unit: &UnitLayout,
-    start: usize,
-    out: &mut [f32],
-) -> Result<(), CheckpointError> {
-    let mut end = start;
-    for (range, parameter) in unit.parameters_within(start..start + out.len()) {
-        out[end - start..range.start - start].fill(0.0);
-        let tensor = tensors.find(&format!("{prefix}{}", parameter.name), &parameter.shape)?;
-        let first = range.start - parameter.range.start;
-        tensors.read(tensor, first, &mut out[range.start - start..range.end - start])?;
-        end = range.end;
-    }
-    out[end - start..].fill(0.0);
-    Ok(())
 }

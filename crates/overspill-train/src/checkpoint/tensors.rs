@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde::Deserialize;
 
-use super::plan::Stem;
+use super::plan::{self, Stem};
 use super::{Action, CheckpointError, header};
 use crate::regular;
 
@@ -53,6 +53,13 @@ pub(super) struct Tensor {
     offset: u64,
 }
 
+impl Tensor {
+    /// Its length, in bytes.
+    pub(super) fn bytes(&self) -> u64 {
+        plan::bytes(&self.shape, self.dtype)
+    }
+}
+
 impl Tensors {
     /// Opens the files of this stem; of each header, what it says under the name `note` is kept.
     pub(super) fn open(folder: &Path, stem: Stem, note: &str) -> Result<Self, CheckpointError> {
@@ -69,12 +76,17 @@ impl Tensors {
         Ok(tensors)
     }
 
-    /// Finds a tensor by name and checks its shape.
-    pub(super) fn find(&self, name: &str, shape: &[usize]) -> Result<&Tensor, CheckpointError> {
-        let tensor = self.tensors.get(name).ok_or_else(|| CheckpointError::MissingTensor {
+    /// Finds a tensor by name.
+    pub(super) fn get(&self, name: &str) -> Result<&Tensor, CheckpointError> {
+        self.tensors.get(name).ok_or_else(|| CheckpointError::MissingTensor {
             tensor: name.to_owned(),
             path: self.folder.clone(),
-        })?;
+        })
+    }
+
+    /// Finds a tensor by name and checks its shape.
+    pub(super) fn find(&self, name: &str, shape: &[usize]) -> Result<&Tensor, CheckpointError> {
+        let tensor = self.get(name)?;
         if tensor.shape != shape {
             return Err(CheckpointError::WrongShape {
                 tensor: name.to_owned(),
@@ -94,8 +106,7 @@ impl Tensors {
     /// Where in that file its bytes begin, and where they end.
     #[cfg(test)]
     pub(super) fn place_in_file(&self, tensor: &Tensor) -> (usize, usize) {
-        let bytes = tensor.shape.iter().product::<usize>() * tensor.dtype.bitsize() / 8;
-        (tensor.offset as usize, tensor.offset as usize + bytes)
+        (tensor.offset as usize, (tensor.offset + tensor.bytes()) as usize)
     }
 
     /// All tensors, by name.
@@ -108,25 +119,34 @@ impl Tensors {
         self.shards.iter().map(|shard| (&*shard.path, shard.note.as_deref()))
     }
 
+    /// Reads bytes of a tensor, from `start` on; there are as many.
+    pub(super) fn read_bytes(
+        &self,
+        tensor: &Tensor,
+        start: u64,
+        out: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        let Shard { path, file, .. } = &self.shards[tensor.shard];
+        file.read_exact_at(out, tensor.offset + start).map_err(Action::Read.failed(path))
+    }
+
     /// Reads elements of a tensor, from `start` on; there are as many.
     pub(super) fn read(&self, tensor: &Tensor, start: usize, out: &mut [f32]) -> Result<(), CheckpointError> {
-        let Shard { path, file, .. } = &self.shards[tensor.shard];
         if tensor.dtype == Dtype::F32 {
-            let offset = tensor.offset + (start * size_of::<f32>()) as u64;
-            let bytes = bytemuck::cast_slice_mut(out);
-            return file.read_exact_at(bytes, offset).map_err(Action::Read.failed(path));
+            let start = (start * size_of::<f32>()) as u64;
+            return self.read_bytes(tensor, start, bytemuck::cast_slice_mut(out));
         }
         let mut piece = vec![0; PIECE_BYTES.min(out.len() * HALF_BYTES)];
-        let mut offset = tensor.offset + (start * HALF_BYTES) as u64;
+        let mut start = (start * HALF_BYTES) as u64;
         for out in out.chunks_mut(PIECE_BYTES / HALF_BYTES) {
             let bytes = &mut piece[..out.len() * HALF_BYTES];
-            file.read_exact_at(bytes, offset).map_err(Action::Read.failed(path))?;
+            self.read_bytes(tensor, start, bytes)?;
             let widened = match tensor.dtype {
                 Dtype::BF16 => overspill_optim::widen_bf16(bytes, out),
                 _ => overspill_optim::widen_f16(bytes, out),
             };
             widened.expect("the piece was cut to the output's length");
-            offset += bytes.len() as u64;
+            start += bytes.len() as u64;
         }
         Ok(())
     }

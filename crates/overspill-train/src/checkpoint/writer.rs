@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::path::Path;
 
+use half::slice::HalfFloatSliceExt;
 use rustix::fs::Access;
 use serde_json::{Map, Value};
 
@@ -20,12 +21,18 @@ use crate::layout::{ModelLayout, UnitLayout};
 /// The usual limit for a file of tensors, in bytes.
 pub const SHARD_BYTES_MAX: u64 = 4 << 30;
 
+/// Numbers that are rounded at a time.
+const PIECE_ELEMENTS: usize = 1 << 16;
+
 /// A model on its way into a Hugging Face folder.
 #[derive(Debug)]
 pub struct CheckpointWriter {
     /// Parameters that have not come yet, in order.
     awaited: VecDeque<String>,
     folder: FolderWriter,
+    precision: Precision,
+    /// Numbers that were rounded.
+    rounded: Vec<half::bf16>,
 }
 
 impl CheckpointWriter {
@@ -113,12 +120,13 @@ impl CheckpointWriter {
             texts: vec![(CONFIG, config_json)],
             tokenizer,
             stem: MODEL,
-            tensors: parameters().map(|parameter| TensorPlan::of(parameter, "", precision)).collect(),
+            tensors: parameters().map(|parameter| TensorPlan::of(parameter, precision)).collect(),
             note: None,
             shard_bytes_max,
         };
         let folder = FolderWriter::begin(target, contents)?;
-        Ok(Self { awaited: parameters().map(|parameter| parameter.name.clone()).collect(), folder })
+        let awaited = parameters().map(|parameter| parameter.name.clone()).collect();
+        Ok(Self { awaited, folder, precision, rounded: Vec::new() })
     }
 
     /// Appends the weights of the next unit; padding is left out.
@@ -136,7 +144,7 @@ impl CheckpointWriter {
                 next.as_ref() == Some(&parameter.name),
                 "units are written once each, in the layout's order"
             );
-            self.folder.append(&parameter.name, &weights[parameter.range.clone()])?;
+            self.append(&parameter.name, &weights[parameter.range.clone()])?;
         }
         Ok(())
     }
@@ -153,7 +161,23 @@ impl CheckpointWriter {
     ) -> Result<(), CheckpointError> {
         for (range, parameter) in unit.parameters_within(start..start + weights.len()) {
             self.awaited.pop_front_if(|name| *name == parameter.name);
-            self.folder.append(&parameter.name, &weights[range.start - start..range.end - start])?;
+            self.append(&parameter.name, &weights[range.start - start..range.end - start])?;
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, tensor: &str, values: &[f32]) -> Result<(), CheckpointError> {
+        match self.precision {
+            Precision::F32 => {
+                self.folder.append(tensor, bytemuck::cast_slice(values))?;
+            }
+            Precision::Bf16 => {
+                for values in values.chunks(PIECE_ELEMENTS) {
+                    self.rounded.resize(values.len(), half::bf16::ZERO);
+                    self.rounded.convert_from_f32_slice(values);
+                    self.folder.append(tensor, bytemuck::cast_slice(&self.rounded))?;
+                }
+            }
         }
         Ok(())
     }

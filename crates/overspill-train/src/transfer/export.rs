@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use overspill_io::{BLOCK_ALIGNMENT, BackendChoice, Block, Pool};
-use overspill_optim::{Recipe, WeightFormat};
+use overspill_io::{BLOCK_ALIGNMENT, BackendChoice, Pool};
 use overspill_swap::{Manifest, Store, StoreError, View, ViewLoading};
 use serde::Serialize;
 
-use super::{BOTH_KINDS, Progress, Tile, TileKind, check_state_form, classes, lease, tiles, tiles_in_motion};
-use crate::checkpoint::{CheckpointError, CheckpointWriter, Precision, StateArray, StateWriter, TOKENIZER};
+use super::folder::Folder;
+use super::{Progress, Tile, TileKind, classes, lease, tiles, tiles_in_motion};
+use crate::checkpoint::{CheckpointWriter, Precision};
 use crate::error::{TrainError, check_stop};
-use crate::home::{TileState, floats, has_masters, moments_name, weights_name, widen};
+use crate::home::{moments_name, weights_name};
 use crate::identity::{Identity, ModelOrigin};
 use crate::layout::ModelLayout;
 use crate::path;
@@ -48,7 +48,7 @@ pub struct ExportOptions {
 pub enum Form {
     /// The weights, as `transformers` reads them.
     Weights(Precision),
-    /// Weights and both moments, to go on with.
+    /// Everything that the optimizer keeps, as it is stored, to go on with.
     State,
 }
 
@@ -68,7 +68,7 @@ pub struct Exported {
     pub out: PathBuf,
     /// `weights` or `state`.
     pub form: &'static str,
-    /// Of the numbers in the folder, in torch's words.
+    /// Of the weights in the folder, in torch's words.
     pub dtype: &'static str,
     /// The step after which the state is.
     pub step: u64,
@@ -128,12 +128,10 @@ pub fn export(
     let origin = ModelOrigin::of(home, meta)?;
     let step = Identity::step(meta).ok_or_else(|| not_a_state(home, "it does not say its step"))?;
     let layout = layout_of(home, meta)?;
-    options.form.check(home, layout.recipe())?;
-    let kinds = options.form.kinds(layout.recipe());
+    let kinds = options.form.kinds(layout.recipe().weights());
     check_tiles(&view, &layout, tile_bytes, kinds)?;
 
     let mut folder = Folder::begin(options, &origin, meta, &layout)?;
-    let mut joiner = Joiner::new(*layout.recipe(), kinds);
     let total: u64 = tiles(&layout, tile_bytes, kinds).map(|tile| tile.bytes as u64).sum();
     let mut done = 0;
     let mut upcoming = tiles(&layout, tile_bytes, kinds);
@@ -147,12 +145,7 @@ pub fn export(
         }
         let Some((tile, arriving)) = loading.pop_front() else { break };
         check_stop(stop)?;
-        let block = arriving.wait()?;
-        match joiner.take(tile, block) {
-            Joined::Single(block) => folder.write(tile, floats(&block))?,
-            Joined::Values(values) => folder.write(tile, values)?,
-            Joined::Nothing => {}
-        }
+        folder.take(tile, arriving.wait()?)?;
         done += tile.bytes as u64;
         progress(done, total);
     }
@@ -163,7 +156,7 @@ pub fn export(
         snapshot: options.snapshot.clone(),
         out: options.out.clone(),
         form: options.form.name(),
-        dtype: options.form.precision().name(),
+        dtype: options.form.dtype(layout.recipe().weights()),
         step,
         generation: view.generation(),
         parameters: layout.numel() as u64,
@@ -174,133 +167,11 @@ pub fn export(
 }
 
 impl Form {
-    /// The tiles that it takes: exact weights in single precision are partly in the records. In half of the bits a model
-    /// has those that it computed with.
-    fn kinds(self, recipe: &Recipe) -> &'static [TileKind] {
-        match self {
-            Self::Weights(Precision::F32) if has_masters(recipe.weights()) => BOTH_KINDS,
-            Self::Weights(_) => &[TileKind::Weights],
-            Self::State => BOTH_KINDS,
-        }
-    }
-
-    /// Whether a state of this recipe has this form.
-    fn check(self, path: &Path, recipe: &Recipe) -> Result<(), TrainError> {
-        match self {
-            Self::Weights(_) => Ok(()),
-            Self::State => check_state_form(path, recipe),
-        }
-    }
-
     fn name(self) -> &'static str {
         match self {
             Self::Weights(_) => "weights",
             Self::State => "state",
         }
-    }
-
-    fn precision(self) -> Precision {
-        match self {
-            Self::Weights(precision) => precision,
-            Self::State => Precision::F32,
-        }
-    }
-}
-
-/// The folder in the making.
-enum Folder {
-    Weights(CheckpointWriter),
-    State(StateWriter),
-}
-
-impl Folder {
-    fn begin(
-        options: &ExportOptions,
-        origin: &ModelOrigin,
-        meta: &serde_json::Value,
-        layout: &ModelLayout,
-    ) -> Result<Self, TrainError> {
-        let tokenizer = options.tokenizer.as_deref().or(origin.tokenizer.as_deref());
-        if let Some(folder) = tokenizer
-            && !folder.join(TOKENIZER).is_file()
-        {
-            return Err(TrainError::TokenizerGone { folder: folder.to_owned() });
-        }
-        let (out, config) = (&options.out, &origin.config);
-        Ok(match options.form {
-            Form::Weights(precision) => {
-                Self::Weights(CheckpointWriter::create_as(out, config, layout, tokenizer, precision)?)
-            }
-            Form::State => Self::State(StateWriter::create(out, meta, config, layout, tokenizer)?),
-        })
-    }
-
-    fn write(&mut self, tile: Tile<'_>, values: &[f32]) -> Result<(), CheckpointError> {
-        let (unit, start) = (tile.unit, tile.start);
-        match (self, tile.kind) {
-            (Self::Weights(writer), _) => writer.write_part(unit, start, values),
-            (Self::State(writer), TileKind::Weights) => {
-                writer.write_part(StateArray::Weight, unit, start, values)
-            }
-            (Self::State(writer), TileKind::Moments) => {
-                let (exp_avg, exp_avg_sq) = values.split_at(tile.elements);
-                writer.write_part(StateArray::ExpAvg, unit, start, exp_avg)?;
-                writer.write_part(StateArray::ExpAvgSq, unit, start, exp_avg_sq)
-            }
-        }
-    }
-
-    fn finish(self) -> Result<(), CheckpointError> {
-        match self {
-            Self::Weights(writer) => writer.finish(),
-            Self::State(writer) => writer.finish(),
-        }
-    }
-}
-
-/// Makes single precision of tiles that are stored in other formats.
-struct Joiner {
-    recipe: Recipe,
-    /// Whether the weights are exact only together with their record.
-    joins: bool,
-    /// Weights that wait for it.
-    weights: Option<Block>,
-    values: Vec<f32>,
-}
-
-/// What came of a tile.
-enum Joined<'a> {
-    /// It is in single precision as it is.
-    Single(Block),
-    /// Its values.
-    Values(&'a [f32]),
-    /// It waits for the next one.
-    Nothing,
-}
-
-impl Joiner {
-    fn new(recipe: Recipe, kinds: &[TileKind]) -> Self {
-        let joins = has_masters(recipe.weights()) && kinds.contains(&TileKind::Moments);
-        Self { recipe, joins, weights: None, values: Vec::new() }
-    }
-
-    fn take(&mut self, tile: Tile<'_>, mut block: Block) -> Joined<'_> {
-        if self.recipe.weights() == WeightFormat::F32 {
-            return Joined::Single(block);
-        }
-        if self.joins && tile.kind == TileKind::Weights {
-            self.weights = Some(block);
-            return Joined::Nothing;
-        }
-        self.values.resize(tile.elements, 0.0);
-        match self.weights.take() {
-            Some(mut weights) => {
-                TileState { recipe: &self.recipe, weights: &mut weights, record: &mut block }
-                    .masters(&mut self.values);
-            }
-            None => widen(self.recipe.weights(), &block, &mut self.values),
-        }
-        Joined::Values(&self.values)
     }
 }
 

@@ -5,28 +5,20 @@
 //! so does a state whose numbers are not those that were exported.
 
 use std::collections::VecDeque;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use overspill_io::{BackendChoice, Pool};
 use overspill_swap::{Durability, Slot, Store, Worth};
 use serde::Serialize;
-use serde_json::Value;
 
-use super::{
-    BOTH_KINDS, Progress, Tile, TileKind, check_state_form, classes, lease, tiles, tiles_in_motion, tiles_of,
-};
-use crate::checkpoint::{Checkpoint, CheckpointError, StateArray, StateFolder};
-use crate::config::{self, ModelConfig};
+use super::source::Source;
+use super::{BOTH_KINDS, Progress, TileKind, classes, lease, tiles, tiles_in_motion, tiles_of};
 use crate::error::{TrainError, check_stop};
-use crate::home::{Array, floats_mut};
-use crate::identity::{Identity, ModelOrigin};
-use crate::layout::ModelLayout;
-use crate::optimizer::single_precision_adamw;
+use crate::home::Array;
 use crate::options::StorageChoice;
 use crate::path;
-use crate::plan;
 use crate::report;
 use crate::storage::StorageNeed;
 use crate::volumes::{Opened, Volumes};
@@ -72,12 +64,6 @@ pub struct Imported {
     pub elapsed_seconds: f64,
 }
 
-/// Where the numbers come from.
-enum Source {
-    Weights { checkpoint: Checkpoint, origin: ModelOrigin },
-    State { folder: StateFolder, meta: Value, step: u64 },
-}
-
 /// Makes a store with a state that `train --resume` goes on from. What it takes on storage is announced before it is taken.
 ///
 /// # Errors
@@ -102,7 +88,7 @@ pub fn import(
         return Err(TrainError::ResumeWhere);
     }
     let mut source = Source::open(&options.from)?;
-    let layout = ModelLayout::new(source.config());
+    let layout = source.layout();
     let tile_bytes = source.tile_bytes(&layout);
     let tile_elements = tile_bytes / size_of::<f32>();
     let lengths = || tiles(&layout, tile_bytes, BOTH_KINDS).map(|tile| tile.bytes);
@@ -139,7 +125,7 @@ pub fn import(
                 drop(oldest.settle()?);
             }
             let mut block = lease(&pool, tile)?;
-            source.read(tile, floats_mut(&mut block))?;
+            source.read(&layout, tile, &mut block)?;
             storing.extend(overspill_swap::tiles::store(vec![slot], block)?);
             done += tile.bytes as u64;
             progress(done, total);
@@ -162,103 +148,4 @@ pub fn import(
         peak_rss_bytes: report::memory_of_process("VmHWM").unwrap_or(0),
         elapsed_seconds: started.elapsed().as_secs_f64(),
     })
-}
-
-impl Source {
-    fn open(from: &Path) -> Result<Self, TrainError> {
-        if !StateFolder::is_one(from)? {
-            let checkpoint = Checkpoint::open(from)?;
-            let config = checkpoint.config_fields().clone();
-            let origin = ModelOrigin { config, tokenizer: Some(config::absolute(from)) };
-            return Ok(Self::Weights { checkpoint, origin });
-        }
-        let folder = StateFolder::open(from)?;
-        let path = StateFolder::path(from);
-        let malformed =
-            |reason: &str| TrainError::NotAState { path: path.clone(), reason: reason.to_owned() };
-        let step = Identity::step(folder.meta()).ok_or_else(|| malformed("it does not say its step"))?;
-        let recipe = Identity::recipe(folder.meta());
-        check_state_form(from, &recipe.ok_or_else(|| malformed("its recipe is not known here"))?)?;
-        let is_run = |run: &Value| run.as_object().is_some_and(|run| run.values().all(Value::is_string));
-        match folder.meta().get("run") {
-            Some(Value::Null) if step == 0 => {}
-            Some(run) if is_run(run) => {}
-            _ => return Err(malformed("it does not say of which run it is")),
-        }
-        let mut meta = folder.meta().clone();
-        if let Some(meta) = meta.as_object_mut() {
-            meta.remove("version");
-            // The folder that the tokenizer came from may be on another machine; its files came along.
-            if meta.get("tokenizer").is_some_and(Value::is_string) {
-                meta.insert("tokenizer".to_owned(), config::absolute(from).to_string_lossy().into());
-            }
-        }
-        Ok(Self::State { folder, meta, step })
-    }
-
-    fn config(&self) -> &ModelConfig {
-        match self {
-            Self::Weights { checkpoint, .. } => checkpoint.config(),
-            Self::State { folder, .. } => folder.config(),
-        }
-    }
-
-    /// The tiles of the run that the state is of, so that it takes no more memory than before.
-    fn tile_bytes(&self, layout: &ModelLayout) -> usize {
-        let known = match self {
-            Self::Weights { .. } => None,
-            Self::State { meta, .. } => Identity::tile_bytes(meta),
-        };
-        let usable = known.filter(|&tile_bytes| plan::has_tiles_of(layout, tile_bytes));
-        usable.unwrap_or_else(|| plan::tile_bytes_for_any(layout))
-    }
-
-    fn read(&mut self, tile: Tile<'_>, values: &mut [f32]) -> Result<(), CheckpointError> {
-        match (self, tile.kind) {
-            (Self::Weights { checkpoint, .. }, TileKind::Weights) => {
-                checkpoint.read_part(tile.unit, tile.start, values)
-            }
-            (Self::Weights { .. }, TileKind::Moments) => {
-                values.fill(0.0);
-                Ok(())
-            }
-            (Self::State { folder, .. }, TileKind::Weights) => {
-                folder.read_part(StateArray::Weight, tile.unit, tile.start, values)
-            }
-            (Self::State { folder, .. }, TileKind::Moments) => {
-                let (exp_avg, exp_avg_sq) = values.split_at_mut(tile.elements);
-                folder.read_part(StateArray::ExpAvg, tile.unit, tile.start, exp_avg)?;
-                folder.read_part(StateArray::ExpAvgSq, tile.unit, tile.start, exp_avg_sq)
-            }
-        }
-    }
-
-    /// What is committed with the state.
-    fn meta(&self, tile_bytes: usize) -> Value {
-        match self {
-            Self::Weights { origin, .. } => origin.untouched(tile_bytes, &single_precision_adamw()),
-            Self::State { meta, .. } => Identity::with_tile_bytes(meta.clone(), tile_bytes),
-        }
-    }
-
-    fn step(&self) -> u64 {
-        match self {
-            Self::Weights { .. } => 0,
-            Self::State { step, .. } => *step,
-        }
-    }
-
-    fn is_checked(&self) -> bool {
-        match self {
-            Self::Weights { .. } => false,
-            Self::State { folder, .. } => folder.has_checksums(),
-        }
-    }
-
-    fn form(&self) -> &'static str {
-        match self {
-            Self::Weights { .. } => "weights",
-            Self::State { .. } => "state",
-        }
-    }
 }

@@ -5,8 +5,9 @@
 //!       ◄── import ──
 //! ```
 //!
-//! Weights go in single precision, or in half of its bits, whatever the recipe that they are stored by; whole states are
-//! those of AdamW in single precision, because numbers of fewer bits would not come back as they were.
+//! Weights go in single precision, or in half of its bits, whatever the recipe that they are stored by. A whole state
+//! goes as it is stored, and comes back so, bit by bit; what it consists of is known from its [recipe](crate::optimizer),
+//! which goes along.
 //!
 //! Everything goes tile by tile through a small pool, so memory does not depend on the size of the model. What is made
 //! appears whole or not at all: a folder is written aside and renamed, a store is committed at its end.
@@ -25,18 +26,18 @@
 //! ```
 
 mod export;
+mod folder;
 mod import;
-
-use std::path::Path;
+mod pieces;
+mod source;
+#[cfg(test)]
+mod tests;
 
 use overspill_io::{Block, BlockClass, Pool, PoolError};
-use overspill_optim::Recipe;
 
 pub use self::export::{ExportOptions, Exported, Form, export};
 pub use self::import::{ImportOptions, Imported, import};
-use crate::error::TrainError;
 use crate::layout::{ModelLayout, UnitLayout};
-use crate::optimizer::{Names, single_precision_adamw};
 
 /// Hears how far a transfer is: bytes of the state that are done, and of all.
 pub type Progress<'a> = dyn FnMut(u64, u64) + 'a;
@@ -70,15 +71,6 @@ enum TileKind {
 
 /// Weights, and beside each tile of them its record.
 const BOTH_KINDS: &[TileKind] = &[TileKind::Weights, TileKind::Moments];
-
-/// Refuses what a folder of a whole state has no place for: numbers of fewer bits would not come back as they were.
-fn check_state_form(path: &Path, recipe: &Recipe) -> Result<(), TrainError> {
-    if *recipe == single_precision_adamw() {
-        return Ok(());
-    }
-    let Names { optimizer, weights, moments } = Names::of(recipe);
-    Err(TrainError::StateForm { path: path.to_owned(), optimizer, weights, moments })
-}
 
 /// The tiles of a unit's weights, and of its moments if `kinds` has them and there are any, those of one place side by
 /// side.
