@@ -14,12 +14,17 @@ fn identifiers() -> BTreeSet<String> {
     areas.iter().flat_map(|&(area, count)| (1..=count).map(move |n| format!("{area}{n}"))).collect()
 }
 
-/// Names of all `#[test]` functions below a folder, and of the laws that a `laws!` list makes into tests.
+/// Names of all `#[test]` functions below a folder, of the laws that a `laws!` list makes into tests, and of the functions
+/// that pytest runs.
 fn tests_below(folder: &Path, names: &mut BTreeSet<String>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
             tests_below(&path, names);
+        } else if path.extension().is_some_and(|extension| extension == "py") {
+            let text = fs::read_to_string(&path).unwrap();
+            let after = text.split("\ndef ").skip(1).filter(|rest| rest.starts_with("test_"));
+            names.extend(after.filter_map(|rest| rest.split('(').next().map(str::to_owned)));
         } else if path.extension().is_some_and(|extension| extension == "rs") {
             let text = fs::read_to_string(&path).unwrap();
             let after = text.split("#[test]").skip(1);

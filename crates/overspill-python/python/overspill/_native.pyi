@@ -124,8 +124,8 @@ class Optimizer:
 
     def report(self) -> dict[str, object]:
         """Plan and counters: ``backend``, ``degraded_reason``, ``state_bytes``, ``resident_bytes``, ``memory_bytes``,
-        ``depth``, ``tile_bytes``, ``bytes_read``, ``bytes_written``, ``seconds_load``, ``seconds_compute``,
-        ``seconds_store``, ``passes``, ``generation``.
+        ``depth``, ``tile_bytes``, ``bytes_read``, ``bytes_written``, ``seconds_step`` (native time of all
+        steps), ``seconds_load``, ``seconds_compute``, ``seconds_store``, ``passes``, ``generation``.
         """
 
     def close(self) -> None:

@@ -197,7 +197,7 @@ impl Optimizer {
     }
 
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let (report, stats, generation, phases, sizes) = self.with(py, |swapped| {
+        let (report, stats, generation, phases, stepping, sizes) = self.with(py, |swapped| {
             let swapper = swapped.swapper()?;
             let plan = swapper.plan();
             let sizes = [
@@ -208,7 +208,8 @@ impl Optimizer {
                 ("tile_bytes", plan.tile_bytes()),
             ];
             let store = swapped.store();
-            Ok((swapped.engine_report(), store.stats(), store.generation(), swapper.phases(), sizes))
+            let (report, stepping) = (swapped.engine_report(), swapped.stepping());
+            Ok((report, store.stats(), store.generation(), swapper.phases(), stepping, sizes))
         })?;
         let told = PyDict::new(py);
         told.set_item("backend", report.backend.to_string())?;
@@ -218,6 +219,7 @@ impl Optimizer {
         }
         told.set_item("bytes_read", stats.bytes_read)?;
         told.set_item("bytes_written", stats.bytes_written)?;
+        told.set_item("seconds_step", stepping.as_secs_f64())?;
         told.set_item("seconds_load", phases.swap_in.as_secs_f64())?;
         told.set_item("seconds_compute", phases.compute.as_secs_f64())?;
         told.set_item("seconds_store", phases.swap_out.as_secs_f64())?;

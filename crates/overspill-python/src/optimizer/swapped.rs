@@ -1,6 +1,7 @@
 //! The optimizer behind the Python object: parameters in the caller's memory, their state in a store.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use overspill_io::{BackendChoice, Engine, EngineConfig, EngineReport, Pool};
 use overspill_optim::{Gradient, Isa, Weights};
@@ -65,6 +66,8 @@ pub(super) struct Swapped {
     pool: Pool,
     store: Store,
     engines: Vec<Engine>,
+    /// Spent in steps so far.
+    stepping: Duration,
 }
 
 impl Swapped {
@@ -78,7 +81,9 @@ impl Swapped {
         let store = Store::create_over(&volumes, options.durability, storage_bytes)?;
         let tiles = Pool::new(&plan.classes())?;
         let swapper = Some(OptimizerSwapper::create(&specs, plan, &store, &tiles)?);
-        Ok(Self { parameters, described, options, isa: Isa::detect(), swapper, pool, store, engines })
+        let isa = Isa::detect();
+        let stepping = Duration::ZERO;
+        Ok(Self { parameters, described, options, isa, swapper, pool, store, engines, stepping })
     }
 
     /// Takes up what was committed, and fills `weights`.
@@ -108,8 +113,9 @@ impl Swapped {
         let store = Store::open_over(&volumes(&options.directories, &engines), options.durability)?;
         let tiles = Pool::new(&plan.classes())?;
         let swapper = Some(OptimizerSwapper::open(&specs, plan, &store, &tiles)?);
-        let opened =
-            Self { parameters, described, options, isa: Isa::detect(), swapper, pool, store, engines };
+        let isa = Isa::detect();
+        let stepping = Duration::ZERO;
+        let opened = Self { parameters, described, options, isa, swapper, pool, store, engines, stepping };
         opened.check_weights(weights)?;
         weights::load(&opened.store, &opened.pool, weights)?;
         Ok(opened)
@@ -143,6 +149,13 @@ impl Swapped {
 
     /// Updates the parameters of `entries`; every gradient is multiplied by `scale`.
     pub(super) fn step(&mut self, groups: &[Group], entries: &mut [Entry], scale: f32) -> Result<(), Error> {
+        let started = Instant::now();
+        let stepped = self.update(groups, entries, scale);
+        self.stepping += started.elapsed();
+        stepped
+    }
+
+    fn update(&mut self, groups: &[Group], entries: &mut [Entry], scale: f32) -> Result<(), Error> {
         let mut entry_of = vec![None; self.parameters.len()];
         for (index, entry) in entries.iter().enumerate() {
             let parameter = self.check_weight(entry.parameter, &entry.weight)?;
@@ -302,6 +315,11 @@ impl Swapped {
     /// What went with the last commit.
     pub(super) fn meta(&self) -> Value {
         self.store.meta()["meta"]["user"].clone()
+    }
+
+    /// Time spent in steps so far.
+    pub(super) fn stepping(&self) -> Duration {
+        self.stepping
     }
 
     pub(super) fn store(&self) -> &Store {
