@@ -117,12 +117,14 @@ pub(crate) struct TrainArguments {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
     pub(crate) accumulate: usize,
 
-    /// Highest learning rate [default: 0.002 for a fresh model, 0.00001 for one of --model; a tenth of it with lion, 5 times
-    /// with adagrad, 50 times with sgd]
+    /// Highest learning rate; with muon that of its matrices, too, whose updates are made as long as adamw's [default: 0.002
+    /// for a fresh model, 0.00001 for one of --model; a tenth of it with lion, 5 times with adagrad, 50 times with sgd
+    /// and adafactor]
     #[arg(long, value_name = "RATE", value_parser = non_negative)]
     pub(crate) lr: Option<f64>,
 
-    /// Weight decay of the matrices: beside the gradient (adamw, lion) or in it [default: 0.1 beside it, 0 in it]
+    /// Weight decay of the matrices: beside the gradient (adamw, lion, muon, adafactor) or in it [default: 0.1 beside it, but 0
+    /// with adafactor, and 0 in it]
     #[arg(long, value_name = "RATE", value_parser = non_negative)]
     pub(crate) weight_decay: Option<f64>,
 
@@ -134,21 +136,32 @@ pub(crate) struct TrainArguments {
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "f32", help_heading = "Optimizer")]
     pub(crate) weights: WeightsChoice,
 
-    /// How the optimizer's moments are stored
+    /// How the optimizer's moments are stored; those of adafactor and muon in f32 only
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "f32", help_heading = "Optimizer")]
     pub(crate) moments: MomentsChoice,
 
-    /// Decay of the first moment of adamw and adam; what lion's update takes of it
+    /// Decay of the first moment of adamw, adam and the adamw beside muon; what lion's update takes of it
     #[arg(long, value_name = "RATE", default_value_t = 0.9, value_parser = below_one, help_heading = "Optimizer")]
     pub(crate) beta1: f64,
 
-    /// Decay of the second moment of adamw and adam, of the only one of lion [default: 0.95; 0.99 of lion]
+    /// Decay of the second moment of adamw, adam and the adamw beside muon, of the only one of lion [default: 0.95; 0.99 of
+    /// lion]
     #[arg(long, value_name = "RATE", value_parser = below_one, help_heading = "Optimizer")]
     pub(crate) beta2: Option<f64>,
 
-    /// What sgd keeps of its running sum of gradients; at 0 it has none, and stores nothing beside the weights
-    #[arg(long, value_name = "RATE", default_value_t = 0.0, value_parser = below_one, help_heading = "Optimizer")]
-    pub(crate) momentum: f64,
+    /// What sgd keeps of its running sum of gradients, and muon of its running mean; at 0 sgd has none, and stores nothing
+    /// beside the weights [default: 0 of sgd, 0.95 of muon]
+    #[arg(long, value_name = "RATE", value_parser = below_one, help_heading = "Optimizer")]
+    pub(crate) momentum: Option<f64>,
+
+    /// With --weights fp16, what the loss is multiplied with at first; a step whose gradient overflows is skipped, and halves
+    /// it [default: 65536]
+    #[arg(long, value_name = "SCALE", value_parser = scale, help_heading = "Optimizer")]
+    pub(crate) loss_scale_init: Option<f32>,
+
+    /// With --weights fp16, steps in a row without an overflow that double the scale of the loss [default: 2000]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Optimizer")]
+    pub(crate) loss_scale_growth: Option<u32>,
 
     /// Largest norm of the gradient; 0 never clips
     #[arg(long, value_name = "NORM", default_value_t = 1.0, value_parser = non_negative)]
@@ -248,10 +261,15 @@ pub(crate) enum OptimizerChoice {
     Adagrad,
     /// The sign of the interpolated momentum: one moment
     Lion,
+    /// A second moment by rows and columns: next to nothing; a parameter is loaded and updated as a whole
+    Adafactor,
+    /// For the matrices of the layers, momentum made orthogonal: one moment; each is loaded and updated as a whole. Embedding,
+    /// head and norms go by adamw beside it
+    Muon,
 }
 
 /// How weights are stored.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum WeightsChoice {
     /// Single precision: 4 bytes
     F32,
@@ -259,6 +277,9 @@ pub(crate) enum WeightsChoice {
     Bf16,
     /// bf16 alone, rounded at random: 2 bytes
     Bf16Stochastic,
+    /// fp16 for the model, and the exact weight for the optimizer: 2 bytes and 4; the loss is scaled, and steps that
+    /// overflow are skipped
+    Fp16,
 }
 
 /// How moments are stored.
@@ -450,6 +471,13 @@ fn non_negative(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),
         _ => Err("must be a number, not negative".to_owned()),
+    }
+}
+
+fn scale(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(number) if number.is_normal() && number > 0.0 => Ok(number),
+        _ => Err(format!("must be a number from {:e} to {:e}", f32::MIN_POSITIVE, f32::MAX)),
     }
 }
 

@@ -2,7 +2,10 @@
 
 use std::io::IsTerminal;
 
-use overspill_optim::{AdagradConfig, AdamWConfig, LionConfig, MomentFormat, SgdConfig, WeightFormat};
+use overspill_optim::{
+    AdafactorConfig, AdagradConfig, AdamWConfig, LearningRateAdjustment, LionConfig, LossScalerConfig,
+    MomentFormat, MuonConfig, SgdConfig, WeightFormat,
+};
 use overspill_swap::Durability;
 use overspill_train::ByteSize;
 use overspill_train::model::BatchShape;
@@ -21,8 +24,16 @@ use crate::progress::Progress;
 use crate::table::{Table, thousands};
 
 pub(crate) fn run(arguments: &TrainArguments, baseline_rss_bytes: u64) -> anyhow::Result<()> {
-    if arguments.momentum > 0.0 && arguments.optimizer != OptimizerChoice::Sgd {
-        anyhow::bail!("--momentum is for --optimizer sgd only");
+    let has_momentum = matches!(arguments.optimizer, OptimizerChoice::Sgd | OptimizerChoice::Muon);
+    if arguments.momentum.is_some_and(|momentum| momentum > 0.0) && !has_momentum {
+        anyhow::bail!("--momentum is for --optimizer sgd and muon only");
+    }
+    let scales =
+        [("init", arguments.loss_scale_init.is_some()), ("growth", arguments.loss_scale_growth.is_some())];
+    if let Some((which, _)) = scales.iter().find(|(_, given)| *given)
+        && arguments.weights != WeightsChoice::Fp16
+    {
+        anyhow::bail!("--loss-scale-{which} is for --weights fp16 only");
     }
     let stop = interrupt::stop_flag()?;
     let json = arguments.json.as_deref().map(JsonFile::prepare).transpose()?;
@@ -80,8 +91,10 @@ fn options(arguments: &TrainArguments, baseline_rss_bytes: u64) -> RunOptions {
         shape: StepShape { batch: BatchShape { batch: a.batch, seq: a.seq }, accumulate: a.accumulate },
         schedule: Schedule { peak: a.lr.unwrap_or(learning_rate), warmup, steps: a.steps },
         weight_decay: a.weight_decay.unwrap_or(match a.optimizer {
-            OptimizerChoice::AdamW | OptimizerChoice::Lion => WEIGHT_DECAY_DECOUPLED,
+            OptimizerChoice::AdamW | OptimizerChoice::Lion | OptimizerChoice::Muon => WEIGHT_DECAY_DECOUPLED,
             OptimizerChoice::Adam | OptimizerChoice::Sgd | OptimizerChoice::Adagrad => 0.0,
+            // Its steps are relative to the weights, and so long that a decay at their rate would rule.
+            OptimizerChoice::Adafactor => 0.0,
         }),
         clip: (a.clip > 0.0).then_some(a.clip),
         optimizer: optimizer(a),
@@ -89,11 +102,20 @@ fn options(arguments: &TrainArguments, baseline_rss_bytes: u64) -> RunOptions {
             WeightsChoice::F32 => WeightFormat::F32,
             WeightsChoice::Bf16 => WeightFormat::Bf16WithRemainder,
             WeightsChoice::Bf16Stochastic => WeightFormat::Bf16Stochastic,
+            WeightsChoice::Fp16 => WeightFormat::F16WithMaster,
         },
         moments: match a.moments {
             MomentsChoice::F32 => MomentFormat::F32,
             MomentsChoice::Bf16 => MomentFormat::Bf16,
             MomentsChoice::Blocks8 => MomentFormat::Blocks8,
+        },
+        loss_scaler: {
+            let default = LossScalerConfig::default();
+            LossScalerConfig {
+                initial_scale: a.loss_scale_init.unwrap_or(default.initial_scale),
+                growth_interval_steps: a.loss_scale_growth.unwrap_or(default.growth_interval_steps),
+                ..default
+            }
         },
         seed: a.seed,
         endurance: a.endurance,
@@ -108,23 +130,34 @@ fn optimizer(arguments: &TrainArguments) -> Optimizer {
     match a.optimizer {
         OptimizerChoice::AdamW => Optimizer::AdamW(adam),
         OptimizerChoice::Adam => Optimizer::Adam(adam),
-        OptimizerChoice::Sgd => Optimizer::Sgd(SgdConfig { momentum: a.momentum, ..SgdConfig::default() }),
+        OptimizerChoice::Sgd => {
+            Optimizer::Sgd(SgdConfig { momentum: a.momentum.unwrap_or(0.0), ..SgdConfig::default() })
+        }
         OptimizerChoice::Adagrad => Optimizer::Adagrad(AdagradConfig::default()),
         OptimizerChoice::Lion => {
             let beta2 = a.beta2.unwrap_or(LionConfig::default().beta2);
             Optimizer::Lion(LionConfig { beta1: a.beta1, beta2 })
         }
+        OptimizerChoice::Adafactor => Optimizer::Adafactor(AdafactorConfig::default()),
+        OptimizerChoice::Muon => {
+            let default = MuonConfig::default();
+            let momentum = a.momentum.unwrap_or(default.momentum);
+            // One learning rate serves the matrices and the rest.
+            let adjustment = LearningRateAdjustment::MatchRmsAdamW;
+            Optimizer::Muon { muon: MuonConfig { momentum, adjustment, ..default }, adamw: adam }
+        }
     }
 }
 
 /// How much farther than Adam the optimizer goes with one learning rate, the other way round: lion's updates are as long as
-/// Adam's longest, adagrad's shrink with every step, and sgd's are as short as the gradient.
+/// Adam's longest, adagrad's shrink with every step, adafactor's are relative to the weights, and sgd's are as short as the
+/// gradient.
 fn learning_rate_scale(optimizer: OptimizerChoice) -> f64 {
     match optimizer {
-        OptimizerChoice::AdamW | OptimizerChoice::Adam => 1.0,
+        OptimizerChoice::AdamW | OptimizerChoice::Adam | OptimizerChoice::Muon => 1.0,
         OptimizerChoice::Lion => 0.1,
         OptimizerChoice::Adagrad => 5.0,
-        OptimizerChoice::Sgd => 50.0,
+        OptimizerChoice::Sgd | OptimizerChoice::Adafactor => 50.0,
     }
 }
 
@@ -187,6 +220,11 @@ fn table(summary: &Summary) -> Table {
         format!("{:.3} s, of which the update {:.3} s", s.step_seconds_median, s.update_seconds_median),
     );
     table.line("speed", format!("{:.0} tokens/s", s.tokens_per_second));
+    if let Some(scale) = s.loss_scale {
+        let skipped = format!("{} of {} steps skipped", s.steps_skipped, s.steps);
+        let scale = if scale < 1e9 { scale.to_string() } else { format!("{scale:.2e}") };
+        table.line("loss scale", format!("{scale} at the end, {skipped}"));
+    }
     table.line("loss", format!("{:.3} → {:.3} in {} steps", loss_first, loss_last, s.steps));
     table
 }

@@ -12,6 +12,7 @@ use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::home::Left;
 use crate::plan::TooSmall;
+use crate::recipe::SingleMoments;
 
 /// Why a training run could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +26,9 @@ pub enum TrainError {
     /// A Hugging Face folder could not be read or written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The optimizer does not keep its moments in the format that was asked for.
+    #[error(transparent)]
+    Moments(#[from] SingleMoments),
     /// The memory budget does not hold the least that training needs.
     #[error(transparent)]
     Memory(#[from] TooSmall),

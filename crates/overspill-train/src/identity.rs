@@ -3,17 +3,18 @@
 //! The state of a run is committed together with its [`Identity`] and the number of the step. A later run goes on from
 //! it only if its own identity is the same, so that the losses of both together are those of one that was never
 //! interrupted. The random state needs no place of its own: first weights and the order of the data are functions of
-//! the seed and the step.
+//! the seed and the step. The scale of the loss, of weights that have one, is committed beside the step.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use overspill_optim::Recipe;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::config::ModelConfig;
 use crate::error::TrainError;
 use crate::optimizer::{Names, recipe_named};
+use crate::recipe::StateRecipe;
 
 /// What a run's numbers depend on, by name, each in words that are equal when the values are; and what its model is, so
 /// that the state can be taken out without the run's arguments.
@@ -21,6 +22,26 @@ use crate::optimizer::{Names, recipe_named};
 pub struct Identity {
     run: BTreeMap<&'static str, String>,
     model: Option<ModelOrigin>,
+}
+
+/// How far a run has come: what is committed with its tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Reached {
+    /// Steps that are finished.
+    pub step: u64,
+    /// The scale of the loss; `None` when there is none, or it is still the first.
+    pub loss_scale: Option<LossScale>,
+}
+
+/// Where the scale of the loss is.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LossScale {
+    /// What the loss of the next step is multiplied with.
+    pub scale: f32,
+    /// Steps since it last moved.
+    pub good_steps: u32,
+    /// Steps of the whole run that overflowed, and changed no weights.
+    pub steps_skipped: u64,
 }
 
 /// What a model is, beside its weights.
@@ -36,6 +57,7 @@ pub struct ModelOrigin {
 const STEP: &str = "step";
 const TILE_BYTES: &str = "tile_bytes";
 const RECIPE: &str = "recipe";
+const LOSS_SCALE: &str = "loss_scale";
 const RUN: &str = "run";
 const CONFIG: &str = "config";
 const TOKENIZER: &str = "tokenizer";
@@ -54,10 +76,14 @@ impl Identity {
         Self { model: Some(model), ..self }
     }
 
-    /// What is committed with the state after `step`, which is cut into tiles of `tile_bytes` and stored by `recipe`.
-    pub(crate) fn meta(&self, step: u64, tile_bytes: usize, recipe: &Recipe) -> Value {
+    /// What is committed with the state of a run that has reached this; it is cut into tiles of `tile_bytes` and stored by
+    /// `recipe`.
+    pub(crate) fn meta(&self, reached: &Reached, tile_bytes: usize, recipe: impl Into<StateRecipe>) -> Value {
         let recipe = Names::of(recipe).to_json();
-        let mut meta = json!({ STEP: step, TILE_BYTES: tile_bytes, RECIPE: recipe, RUN: self.run });
+        let mut meta = json!({ STEP: reached.step, TILE_BYTES: tile_bytes, RECIPE: recipe, RUN: self.run });
+        if let Some(scale) = &reached.loss_scale {
+            meta[LOSS_SCALE] = json!(scale);
+        }
         if let Some(model) = &self.model {
             model.add_to(&mut meta);
         }
@@ -70,7 +96,7 @@ impl Identity {
     }
 
     /// The recipe of the state that was committed with `meta`; `None` if it is not known here.
-    pub(crate) fn recipe(meta: &Value) -> Option<Recipe> {
+    pub(crate) fn state_recipe(meta: &Value) -> Option<StateRecipe> {
         recipe_named(meta.get(RECIPE))
     }
 
@@ -85,22 +111,42 @@ impl Identity {
         meta[STEP].as_u64()
     }
 
-    /// The step after which the state is that was committed with `meta`. Weights that no run has touched are those of
+    /// How far the run has come whose state was committed with `meta`. Weights that no run has touched are those of
     /// every run of a model of their shape that stores them by the same `recipe`.
     ///
     /// # Errors
-    /// [`TrainError::OtherRun`] when it is another run's, naming the first difference; [`TrainError::OtherModel`].
-    pub(crate) fn check(&self, path: &Path, meta: &Value, recipe: &Recipe) -> Result<u64, TrainError> {
+    /// [`TrainError::OtherRun`] when it is another run's, naming the first difference; [`TrainError::OtherModel`];
+    /// [`TrainError::NotAState`] when its scale of the loss is none.
+    pub(crate) fn check(
+        &self,
+        path: &Path,
+        meta: &Value,
+        recipe: impl Into<StateRecipe>,
+    ) -> Result<Reached, TrainError> {
+        let recipe = recipe.into();
+        let step = self.check_run(path, meta, recipe)?;
+        let loss_scale = match meta.get(LOSS_SCALE) {
+            None => None,
+            Some(said) => Some(LossScale::read(said).ok_or_else(|| TrainError::NotAState {
+                path: path.to_owned(),
+                reason: format!("its loss scale is {said}"),
+            })?),
+        };
+        Ok(Reached { step, loss_scale })
+    }
+
+    /// The step after which the state is, if it is this run's.
+    fn check_run(&self, path: &Path, meta: &Value, recipe: StateRecipe) -> Result<u64, TrainError> {
         let other = |what: &str, then: String, now: String| {
             let (path, what) = (path.to_owned(), what.to_owned());
             Err(TrainError::OtherRun { path, what, then, now })
         };
         let check_recipe = || {
-            let Some(then) = Self::recipe(meta) else {
+            let Some(then) = Self::state_recipe(meta) else {
                 let then = meta[RECIPE].to_string();
                 return other("the optimizer and its formats", then, format!("{:?}", Names::of(recipe)));
             };
-            let pairs = Names::of(&then).options().into_iter().zip(Names::of(recipe).options());
+            let pairs = Names::of(then).options().into_iter().zip(Names::of(recipe).options());
             match pairs.into_iter().find(|(then, now)| then != now) {
                 Some(((option, then), (_, now))) => other(option, then.to_owned(), now.to_owned()),
                 None => Ok(0),
@@ -140,9 +186,20 @@ impl Identity {
     }
 }
 
+impl LossScale {
+    /// As it was committed; `None` of what no run commits.
+    fn read(said: &Value) -> Option<Self> {
+        let read = Self::deserialize(said).ok()?;
+        (read.scale.is_finite() && read.scale > 0.0).then_some(read)
+    }
+}
+
 impl ModelOrigin {
     /// What is committed with weights that no run has touched.
-    pub(crate) fn untouched(&self, tile_bytes: usize, recipe: &Recipe) -> Value {
+    pub(crate) fn untouched<'a, R>(&self, tile_bytes: usize, recipe: &'a R) -> Value
+    where
+        StateRecipe: From<&'a R>,
+    {
         let recipe = Names::of(recipe).to_json();
         let mut meta = json!({ STEP: 0, TILE_BYTES: tile_bytes, RECIPE: recipe, RUN: null });
         self.add_to(&mut meta);
@@ -182,29 +239,53 @@ mod tests {
     use super::*;
     use crate::optimizer::{Optimizer, single_precision_adamw};
 
+    fn after(step: u64) -> Reached {
+        Reached { step, loss_scale: None }
+    }
+
+    #[test]
+    fn the_scale_of_the_loss_comes_back_to_the_bit_or_not_at_all() {
+        let (identity, recipe, path) = (Identity::default(), single_precision_adamw(), Path::new("store"));
+        for scale in [65536.0, f32::MAX, f32::MIN_POSITIVE, 1.0 / 3.0] {
+            let loss_scale = Some(LossScale { scale, good_steps: u32::MAX, steps_skipped: u64::MAX });
+            let reached = Reached { step: 7, loss_scale };
+            let text = identity.meta(&reached, 4096, recipe).to_string();
+            let meta = serde_json::from_str(&text).unwrap();
+            assert_eq!(identity.check(path, &meta, recipe).unwrap(), reached, "{text}");
+        }
+        let mut meta = identity.meta(&after(7), 4096, recipe);
+        let scale = |scale: Value| json!({ "scale": scale, "good_steps": 0, "steps_skipped": 0 });
+        for odd in [json!(null), json!(3), scale(json!(0)), scale(json!(-1)), scale(json!(1e40)), json!({})] {
+            meta[LOSS_SCALE] = odd;
+            let refused = identity.check(path, &meta, recipe);
+            assert!(matches!(refused, Err(TrainError::NotAState { .. })), "{meta}: {refused:?}");
+        }
+    }
+
     #[test]
     fn the_same_run_finds_its_step_and_another_one_what_is_different() {
         let identity = Identity::default().with("--seed", &7).with("--lr", &0.1);
         let meta: Value =
-            serde_json::from_str(&identity.meta(41, 4096, &single_precision_adamw()).to_string()).unwrap();
+            serde_json::from_str(&identity.meta(&after(41), 4096, single_precision_adamw()).to_string())
+                .unwrap();
         let path = Path::new("store");
-        assert_eq!(identity.check(path, &meta, &single_precision_adamw()).unwrap(), 41);
+        assert_eq!(identity.check(path, &meta, single_precision_adamw()).unwrap(), after(41));
         assert_eq!((Identity::tile_bytes(&meta), Identity::tile_bytes(&json!(3))), (Some(4096), None));
         assert!(matches!(
-            Identity::default().check(path, &meta, &single_precision_adamw()),
+            Identity::default().check(path, &meta, single_precision_adamw()),
             Err(TrainError::OtherRun { .. })
         ));
         let other = identity.clone().with("--seed", &8);
-        let refused = other.check(path, &meta, &single_precision_adamw()).unwrap_err();
+        let refused = other.check(path, &meta, single_precision_adamw()).unwrap_err();
         assert_eq!(refused.to_string(), "store is the state of another run: --seed was 7, and is 8 now");
         let more = identity.clone().with("--clip", &1);
         assert!(
-            matches!(more.check(path, &meta, &single_precision_adamw()), Err(TrainError::OtherRun { what, .. }) if what == "--clip")
+            matches!(more.check(path, &meta, single_precision_adamw()), Err(TrainError::OtherRun { what, .. }) if what == "--clip")
         );
         for odd in [json!(null), json!({ "step": 1 }), json!({ "step": -1, "run": {} }), json!([1])] {
             assert!(
                 matches!(
-                    identity.check(path, &odd, &single_precision_adamw()),
+                    identity.check(path, &odd, single_precision_adamw()),
                     Err(TrainError::OtherRun { .. })
                 ),
                 "{odd}"
@@ -226,27 +307,27 @@ mod tests {
         assert_eq!(ModelOrigin::of(path, &meta).unwrap(), origin(8, 0.02));
         for seed in [1, 2] {
             let run = Identity::default().with("--seed", &seed).of_model(origin(8, 0.5));
-            assert_eq!(run.check(path, &meta, &single_precision_adamw()).unwrap(), 0);
+            assert_eq!(run.check(path, &meta, single_precision_adamw()).unwrap(), after(0));
         }
         let other =
-            Identity::default().of_model(origin(16, 0.02)).check(path, &meta, &single_precision_adamw());
+            Identity::default().of_model(origin(16, 0.02)).check(path, &meta, single_precision_adamw());
         assert!(matches!(other, Err(TrainError::OtherModel { .. })), "{other:?}");
         // A state of a later step is somebody's.
         let mut later = meta;
         later[STEP] = 1.into();
         let run = Identity::default().of_model(origin(8, 0.02));
         assert!(matches!(
-            run.check(path, &later, &single_precision_adamw()),
+            run.check(path, &later, single_precision_adamw()),
             Err(TrainError::OtherRun { .. })
         ));
-        let old = Identity::default().with("--seed", &1).meta(3, 4096, &single_precision_adamw());
+        let old = Identity::default().with("--seed", &1).meta(&after(3), 4096, single_precision_adamw());
         assert!(matches!(ModelOrigin::of(path, &old), Err(TrainError::NoOrigin { .. })));
     }
 
     #[test]
     fn a_state_of_another_recipe_is_refused_by_the_option_and_one_that_says_none_is_the_oldest() {
         let path = Path::new("store");
-        let of = |optimizer: Optimizer, weights, moments| optimizer.recipe(weights, moments);
+        let of = |optimizer: Optimizer, weights, moments| optimizer.recipe(weights, moments).unwrap();
         let (adamw, oldest) = (Optimizer::default(), single_precision_adamw());
         let sgd = |momentum| Optimizer::Sgd(SgdConfig { momentum, ..SgdConfig::default() });
         let others = [
@@ -261,11 +342,11 @@ mod tests {
             (of(adamw, WeightFormat::F32, MomentFormat::Blocks8), "--moments was f32, and is 8bit now"),
         ];
         let identity = Identity::default().of_model(origin(8, 0.02));
-        let mut meta = identity.meta(3, 4096, &oldest);
+        let mut meta = identity.meta(&after(3), 4096, oldest);
         let mut untouched = origin(8, 0.02).untouched(4096, &oldest);
         for _ in 0..2 {
-            assert_eq!(identity.check(path, &meta, &oldest).unwrap(), 3);
-            assert_eq!(identity.check(path, &untouched, &oldest).unwrap(), 0);
+            assert_eq!(identity.check(path, &meta, oldest).unwrap(), after(3));
+            assert_eq!(identity.check(path, &untouched, oldest).unwrap(), after(0));
             for (recipe, expected) in &others {
                 for meta in [&meta, &untouched] {
                     let refused = identity.check(path, meta, recipe).unwrap_err().to_string();
@@ -277,7 +358,7 @@ mod tests {
             }
         }
         meta[RECIPE] = json!({ "optimizer": "adamw", "weights": "f4", "moments": "f32" });
-        let refused = identity.check(path, &meta, &oldest);
+        let refused = identity.check(path, &meta, oldest);
         assert!(matches!(refused, Err(TrainError::OtherRun { .. })), "{refused:?}");
     }
 }

@@ -5,17 +5,20 @@
 //! padding is zero, gets no gradient, and so stays zero. Weights, gradients and moments of a unit share this one
 //! layout, so an element has the same index in all of them.
 //!
-//! The optimizer's [`Recipe`] decides how many bytes an element has where, and through them what is aligned: weights of
-//! two bytes need twice the elements to fill a disk block, and moments that share a scale need parameters that begin
-//! with a block of their own.
+//! The optimizer's [`StateRecipe`] decides how many bytes an element has where, and through them what is aligned: weights
+//! of two bytes need twice the elements to fill a disk block, moments that share a scale need parameters that begin
+//! with a block of their own, and a parameter that is updated as a whole begins with a disk block, because it is stored
+//! by itself.
 
 use std::ops::Range;
 
 use overspill_io::BLOCK_ALIGNMENT;
-use overspill_optim::{Recipe, RecordLayout};
+use overspill_optim::{Recipe, WeightFormat};
 
 use crate::config::ModelConfig;
 use crate::optimizer::single_precision_adamw;
+use crate::piece::{Piece, PieceRule};
+use crate::recipe::StateRecipe;
 
 /// A part of the model that is in memory as a whole or not at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -80,6 +83,8 @@ pub struct UnitLayout {
     pub parameters: Vec<Parameter>,
     /// Its length with padding, in elements: whole disk blocks of weights.
     pub padded: usize,
+    /// What it is cut into, before anything is cut.
+    runs: Vec<Piece>,
 }
 
 /// Parameters start at a multiple of this many elements at least: one cache line.
@@ -87,10 +92,21 @@ const PARAMETER_ALIGNMENT: usize = 16;
 
 impl UnitLayout {
     /// Lays out `parameters`, the first of which is number `first` of the model.
-    fn new(unit: Unit, first: u64, parameters: Vec<(String, Vec<usize>, Role)>, recipe: &Recipe) -> Self {
-        let alignment = recipe.cut_elements().max(PARAMETER_ALIGNMENT);
+    fn new(
+        unit: Unit,
+        first: u64,
+        parameters: Vec<(String, Vec<usize>, Role)>,
+        recipe: &StateRecipe,
+    ) -> Self {
+        let block_elements = BLOCK_ALIGNMENT / recipe.weights().weight_bytes();
+        let wholes: Vec<_> = parameters.iter().map(|(_, shape, _)| recipe.whole(unit, shape)).collect();
+        let elements = recipe.elements();
+        let alignment = match wholes.iter().any(Option::is_some) {
+            true => block_elements,
+            false => elements.map_or(1, |recipe| recipe.cut_elements()).max(PARAMETER_ALIGNMENT),
+        };
         let mut next = 0;
-        let parameters = (first..)
+        let parameters: Vec<_> = (first..)
             .zip(parameters)
             .map(|(number, (name, shape, role))| {
                 let range = next..next + shape.iter().product::<usize>();
@@ -98,8 +114,40 @@ impl UnitLayout {
                 Parameter { number, name, shape, range, role }
             })
             .collect();
-        let block_elements = BLOCK_ALIGNMENT / recipe.weights().weight_bytes();
-        Self { unit, parameters, padded: next.next_multiple_of(block_elements) }
+        let padded = next.next_multiple_of(block_elements);
+        let mut runs: Vec<Piece> = Vec::new();
+        for (parameter, whole) in wholes.into_iter().enumerate() {
+            let end = parameters.get(parameter + 1).map_or(padded, |next| next.range.start);
+            let rule = match (whole, elements) {
+                (Some(recipe), _) => PieceRule::Whole { recipe, parameter },
+                (None, Some(recipe)) => PieceRule::Elements(recipe),
+                (None, None) => unreachable!("what is no whole has a recipe for its elements"),
+            };
+            match runs.last_mut() {
+                Some(run) if run.rule == rule => run.range.end = end,
+                _ => runs.push(Piece { range: parameters[parameter].range.start..end, rule }),
+            }
+        }
+        Self { unit, parameters, padded, runs }
+    }
+
+    /// What the unit is cut into when elements that are updated by themselves come in tiles of this length.
+    pub fn pieces(&self, tile_elements: usize) -> impl Iterator<Item = Piece> {
+        self.runs.iter().flat_map(move |run| run.cut(tile_elements))
+    }
+
+    /// How a parameter of the unit is updated and stored.
+    ///
+    /// # Panics
+    /// When it is another unit's.
+    pub(crate) fn rule_of(&self, parameter: &Parameter) -> PieceRule {
+        let run = self.runs.iter().find(|run| run.range.contains(&parameter.range.start));
+        run.expect("every element of a unit is in one of its runs").rule
+    }
+
+    /// Number of pieces.
+    pub(crate) fn piece_count(&self, tile_elements: usize) -> usize {
+        self.runs.iter().map(|run| run.cuts(tile_elements)).sum()
     }
 
     /// Number of parameters (elements), padding not counted.
@@ -128,7 +176,7 @@ impl UnitLayout {
 /// The layout of a whole model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelLayout {
-    recipe: Recipe,
+    recipe: StateRecipe,
     units: Vec<UnitLayout>,
 }
 
@@ -139,7 +187,8 @@ impl ModelLayout {
     }
 
     /// Lays out a model for the state of a recipe: embedding, layers, head.
-    pub fn of(config: &ModelConfig, recipe: Recipe) -> Self {
+    pub fn of(config: &ModelConfig, recipe: impl Into<StateRecipe>) -> Self {
+        let recipe = recipe.into();
         let embedding =
             vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab, config.hidden], Role::Matrix)];
         let mut head = vec![("model.norm.weight".to_owned(), vec![config.hidden], Role::Gain)];
@@ -159,8 +208,13 @@ impl ModelLayout {
     }
 
     /// How the state is updated and stored.
-    pub fn recipe(&self) -> &Recipe {
+    pub fn state_recipe(&self) -> &StateRecipe {
         &self.recipe
+    }
+
+    /// How weights are stored.
+    pub fn weight_format(&self) -> WeightFormat {
+        self.recipe.weights()
     }
 
     /// Length of the weights of a unit as they are stored, in bytes.
@@ -178,27 +232,39 @@ impl ModelLayout {
         self.weight_bytes() == size_of::<f32>()
     }
 
-    /// The record of a tile of so many elements.
-    ///
-    /// # Panics
-    /// When a tile is longer than memory could be.
-    pub fn record(&self, tile_elements: usize) -> RecordLayout {
-        self.recipe.layout(tile_elements).expect("a tile fits in memory")
-    }
-
-    /// Length of the record of a tile of so many elements, in whole disk blocks, in bytes; 0 when there is nothing to
-    /// record.
+    /// Length of the record of a tile of so many elements that are updated by themselves, in whole disk blocks, in bytes; 0
+    /// when there is nothing to record.
     ///
     /// # Panics
     /// When a tile is longer than memory could be.
     pub fn record_bytes(&self, tile_elements: usize) -> usize {
-        self.record(tile_elements).bytes().next_multiple_of(BLOCK_ALIGNMENT)
+        let record = |recipe: Recipe| recipe.record_bytes(tile_elements).expect("a tile fits in memory");
+        self.recipe.elements().map_or(0, record).next_multiple_of(BLOCK_ALIGNMENT)
     }
 
-    /// Length of the records of all tiles of a unit, in bytes.
+    /// Length of the records of all pieces of a unit, in bytes.
     pub fn records_bytes(&self, unit: &UnitLayout, tile_elements: usize) -> usize {
-        let whole = unit.padded / tile_elements * self.record_bytes(tile_elements);
-        whole + self.record_bytes(unit.padded % tile_elements)
+        unit.runs.iter().map(|run| run.records_bytes(tile_elements)).sum()
+    }
+
+    /// Elements of the longest piece.
+    pub fn longest_piece(&self, tile_elements: usize) -> usize {
+        self.runs().map(|run| run.cut_elements(tile_elements)).max().unwrap_or(0)
+    }
+
+    /// Length of the longest record of a piece, in bytes.
+    pub fn longest_record_bytes(&self, tile_elements: usize) -> usize {
+        let longest = self.runs().filter_map(|run| run.cut(tile_elements).next());
+        longest.map(|piece| piece.record_bytes()).max().unwrap_or(0)
+    }
+
+    /// The most memory that the update of a piece takes besides its state and its gradient, in bytes.
+    pub fn update_workspace_bytes(&self) -> usize {
+        self.runs().map(Piece::workspace_bytes).max().unwrap_or(0)
+    }
+
+    fn runs(&self) -> impl Iterator<Item = &Piece> {
+        self.units.iter().flat_map(|unit| &unit.runs)
     }
 
     /// Length of everything that is kept of the model between steps, and of its gradients, in bytes.
@@ -282,7 +348,7 @@ mod tests {
             (WeightFormat::Bf16Stochastic, MomentFormat::Blocks8, 256),
         ];
         for (weights, moments, alignment) in recipes {
-            let layout = ModelLayout::of(&config, Optimizer::default().recipe(weights, moments));
+            let layout = ModelLayout::of(&config, Optimizer::default().recipe(weights, moments).unwrap());
             let mut number = 0;
             for unit in layout.units() {
                 assert!(layout.weights_bytes(unit).is_multiple_of(BLOCK_ALIGNMENT));
@@ -296,6 +362,75 @@ mod tests {
                 assert!(end <= unit.padded);
             }
         }
-        assert_eq!(ModelLayout::new(&config).recipe(), &single_precision_adamw());
+        assert_eq!(ModelLayout::new(&config).state_recipe(), &single_precision_adamw().into());
+    }
+
+    /// The runs of a model of one layer, by unit: the parameters that are whole, and how many runs there are.
+    fn wholes(layout: &ModelLayout) -> Vec<(Vec<&str>, usize)> {
+        layout
+            .units()
+            .iter()
+            .map(|unit| {
+                let names = unit.runs.iter().filter_map(|run| match run.rule {
+                    PieceRule::Elements(_) => None,
+                    PieceRule::Whole { parameter, .. } => Some(&unit.parameters[parameter]),
+                });
+                let names = names.map(|parameter| parameter.name.trim_end_matches(".weight"));
+                let names = names.map(|name| name.rsplit('.').next().unwrap_or_default());
+                (names.collect(), unit.runs.len())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn pieces_have_every_element_once_and_a_whole_parameter_is_one() {
+        let text = r#"{"vocab_size": 300, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 2000}"#;
+        let config = ModelConfig::from_json(text, Path::new("config.json")).unwrap();
+        let matrices = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+        let mut all = vec!["input_layernorm", "post_attention_layernorm"];
+        all.splice(1..1, matrices[..4].iter().copied());
+        all.extend(&matrices[4..]);
+        for weights in [WeightFormat::F32, WeightFormat::F16WithMaster] {
+            let muon = ModelLayout::of(&config, StateRecipe::Muon(weights));
+            assert_eq!(wholes(&muon), [(vec![], 1), (matrices.to_vec(), 9), (vec![], 1)]);
+            let adafactor = ModelLayout::of(&config, StateRecipe::Adafactor(weights));
+            let head = vec!["norm", "lm_head"];
+            assert_eq!(wholes(&adafactor), [(vec!["embed_tokens"], 1), (all.clone(), 9), (head, 2)]);
+            for layout in [muon, adafactor] {
+                for tile_elements in [2048, 1 << 14, usize::MAX] {
+                    let mut longest = (0, 0);
+                    for unit in layout.units() {
+                        let pieces: Vec<_> = unit.pieces(tile_elements).collect();
+                        assert_eq!(pieces.len(), unit.piece_count(tile_elements));
+                        let mut next = 0;
+                        let mut records = 0;
+                        for piece in &pieces {
+                            assert_eq!(piece.range.start, next);
+                            assert!(
+                                (piece.elements() * layout.weight_bytes()).is_multiple_of(BLOCK_ALIGNMENT)
+                            );
+                            assert!(piece.record().bytes() <= piece.record_bytes());
+                            assert!(piece.record_bytes().is_multiple_of(BLOCK_ALIGNMENT));
+                            if let PieceRule::Whole { recipe, parameter } = piece.rule {
+                                let parameter = &unit.parameters[parameter];
+                                assert_eq!(parameter.range, next..next + recipe.elements());
+                                assert!(parameter.range.end <= piece.range.end);
+                                assert!(recipe.workspace_bytes() <= layout.update_workspace_bytes());
+                            } else {
+                                assert!(piece.elements() <= tile_elements);
+                            }
+                            next = piece.range.end;
+                            records += piece.record_bytes();
+                            longest = (longest.0.max(piece.elements()), longest.1.max(piece.record_bytes()));
+                        }
+                        assert_eq!((next, records), (unit.padded, layout.records_bytes(unit, tile_elements)));
+                    }
+                    let said =
+                        (layout.longest_piece(tile_elements), layout.longest_record_bytes(tile_elements));
+                    assert_eq!(said, longest);
+                }
+            }
+        }
     }
 }

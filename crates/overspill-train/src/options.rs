@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use overspill_io::BackendChoice;
-use overspill_optim::{MomentFormat, WeightFormat};
+use overspill_optim::{LossScalerConfig, MomentFormat, WeightFormat};
 use overspill_swap::Durability;
 
 use crate::config::{ConfigError, ModelConfig, Rope};
@@ -97,12 +97,21 @@ pub struct RunOptions {
     pub weights: WeightFormat,
     /// How the optimizer's moments are stored.
     pub moments: MomentFormat,
+    /// How the scale of the loss moves; weights in fp16 have one, and no others.
+    pub loss_scaler: LossScalerConfig,
     /// Seed of first weights, of data order, and of what is rounded at random.
     pub seed: u64,
     /// What each drive is rated to be written, if the user knows.
     pub endurance: Option<Endurance>,
     /// Resident memory of the process before it did anything, in bytes.
     pub baseline_rss_bytes: u64,
+}
+
+impl RunOptions {
+    /// How the scale of the loss moves, if there is one.
+    pub fn loss_scaler(&self) -> Option<LossScalerConfig> {
+        (self.weights == WeightFormat::F16WithMaster).then_some(self.loss_scaler)
+    }
 }
 
 impl FreshShape {

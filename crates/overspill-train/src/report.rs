@@ -17,7 +17,7 @@ pub struct Summary {
     pub parameters: u64,
     /// The rule of the update: `adamw`.
     pub optimizer: &'static str,
-    /// How weights are stored: `f32`, `bf16` (with exact masters) or `bf16-stochastic`.
+    /// How weights are stored: `f32`, `bf16` or `fp16` (both with exact masters), or `bf16-stochastic`.
     pub weights: &'static str,
     /// How moments are stored: `f32`, `bf16` or `8bit`.
     pub moments: &'static str,
@@ -64,6 +64,10 @@ pub struct Summary {
     pub first_step: u64,
     /// Optimizer steps taken.
     pub steps: u64,
+    /// Those of them whose scaled gradient overflowed, and that updated nothing.
+    pub steps_skipped: u64,
+    /// What the loss of the next step would be multiplied with; `null` of weights that need no scale.
+    pub loss_scale: Option<f64>,
     /// Tokens per second over all steps.
     pub tokens_per_second: f64,
     /// Median duration of a step.
@@ -131,6 +135,7 @@ pub(crate) struct Ledger {
     losses: Vec<f64>,
     elapsed: Vec<Duration>,
     updates: Vec<Duration>,
+    skipped: u64,
 }
 
 /// The measured part of a summary.
@@ -147,6 +152,7 @@ impl Ledger {
         self.losses.push(step.loss);
         self.elapsed.push(step.elapsed);
         self.updates.push(step.update_elapsed);
+        self.skipped += u64::from(step.skipped);
     }
 
     /// Number and duration of the steps so far.
@@ -181,6 +187,7 @@ impl Ledger {
             summary.days_to_wear_out = wear.days_to_wear_out;
         }
         summary.steps = steps as u64;
+        summary.steps_skipped = self.skipped;
         summary.tokens_per_second = ratio((measured.tokens_per_step * steps) as f64, total.as_secs_f64());
         summary.step_seconds_median = median(self.elapsed).as_secs_f64();
         summary.update_seconds_median = median(self.updates).as_secs_f64();

@@ -19,6 +19,7 @@ use self::prepared::Prepared;
 use crate::checkpoint::CheckpointWriter;
 use crate::error::{TrainError, check_stop};
 use crate::home::{Home, IoReport, Left, MemoryHome, Site, SwappedHome};
+use crate::identity::Reached;
 use crate::optimizer::Names;
 use crate::options::{Residence, RunOptions, StorageChoice};
 use crate::report::{Ledger, Measured, Summary, VolumeSummary};
@@ -122,8 +123,8 @@ impl Transport {
 /// From where a run goes on, and what it leaves on the way.
 #[derive(Clone, Copy)]
 struct Course {
-    /// Steps that earlier runs have finished.
-    finished: u64,
+    /// What earlier runs have reached.
+    reached: Reached,
     commit: Commit,
 }
 
@@ -138,7 +139,7 @@ impl Prepared {
         let out = self.out(options)?;
         self.announce(options, &transport, None, observer);
         let home = MemoryHome::new(&self.layout, &mut self.source(options, stop, observer))?;
-        let course = Course { finished: 0, commit: Commit::OnDemand };
+        let course = Course { reached: Reached::default(), commit: Commit::OnDemand };
         self.train(options, home, course, &transport, out, |_, _| Ok(()), stop, observer)
     }
 
@@ -151,16 +152,17 @@ impl Prepared {
         observer: &mut dyn Observer,
     ) -> Result<Summary, TrainError> {
         let identity = self.identity(options);
-        let check_finished = |path: &Path, finished: u64| match finished > options.schedule.steps {
+        let check_finished = |path: &Path, reached: &Reached| match reached.step > options.schedule.steps {
             false => Ok(()),
             true => {
-                let (then, now) = (finished.to_string(), format!("at most {}", options.schedule.steps));
+                let (then, now) = (reached.step.to_string(), format!("at most {}", options.schedule.steps));
                 let (path, what) = (path.to_owned(), "the step".to_owned());
                 Err(TrainError::OtherRun { path, what, then, now })
             }
         };
         if let Some(meta) = volumes.committed() {
-            check_finished(volumes.home(), identity.check(volumes.home(), meta, self.layout.recipe())?)?;
+            let reached = identity.check(volumes.home(), meta, self.layout.state_recipe())?;
+            check_finished(volumes.home(), &reached)?;
         }
         let pool = Pool::new(&self.plan.classes())?;
         let committed = volumes.committed().cloned();
@@ -169,11 +171,12 @@ impl Prepared {
         let out = self.out(options)?;
         self.announce(options, &transport, committed.as_ref(), observer);
         let site = Site { volumes: &volumes, durability: storage.durability, identity: &identity };
-        let (mut home, finished) = match storage.resume {
+        let (mut home, reached) = match storage.resume {
             true => SwappedHome::open(&self.layout, &self.plan, site, &pool)?,
             false => {
                 let mut source = self.source(options, stop, observer);
-                (SwappedHome::create(&self.layout, &self.plan, site, &pool, &mut source)?, 0)
+                let home = SwappedHome::create(&self.layout, &self.plan, site, &pool, &mut source)?;
+                (home, Reached::default())
             }
         };
         if let Some(note) = home.note() {
@@ -183,25 +186,25 @@ impl Prepared {
             Durability::Step => Commit::EveryStep,
             Durability::None => Commit::OnDemand,
         };
-        check_finished(home.path(), finished)?;
+        check_finished(home.path(), &reached)?;
         if storage.resume {
-            observer.resumed(finished);
+            observer.resumed(reached.step);
         } else if commit == Commit::EveryStep {
-            home.commit(0)?;
+            home.commit(&reached)?;
         }
         // From here on there is something worth keeping, whatever happens.
         if storage.keep && commit == Commit::EveryStep {
             home.keep();
         }
-        let finish = |home: &mut SwappedHome, step| {
+        let finish = |home: &mut SwappedHome, reached: &Reached| {
             if (storage.keep || storage.resume) && commit == Commit::OnDemand {
                 // Before it is committed: if that fails half way, the state may be there all the same.
                 home.keep();
-                home.commit(step)?;
+                home.commit(reached)?;
             }
             Ok(())
         };
-        let course = Course { finished, commit };
+        let course = Course { reached, commit };
         self.train(options, home, course, &transport, out, finish, stop, observer)
     }
 
@@ -213,7 +216,7 @@ impl Prepared {
         course: Course,
         transport: &Transport,
         out: Option<CheckpointWriter>,
-        finish: impl FnOnce(&mut H, u64) -> Result<(), TrainError>,
+        finish: impl FnOnce(&mut H, &Reached) -> Result<(), TrainError>,
         stop: &AtomicBool,
         observer: &mut dyn Observer,
     ) -> Result<Summary, TrainError> {
@@ -225,12 +228,13 @@ impl Prepared {
             weight_decay: options.weight_decay,
             clip: options.clip,
             optimizer: options.optimizer,
+            loss_scaler: options.loss_scaler(),
             seed: options.seed,
             isa: Isa::detect(),
             commit: course.commit,
         };
         let trainer = Trainer::new(&self.config, &self.layout, settings, home, self.batches);
-        let mut trainer = trainer.after(course.finished);
+        let mut trainer = trainer.after(&course.reached);
         let io_before = trainer.home().io().unwrap_or_default();
         let mut ledger = Ledger::default();
         let rated =
@@ -240,7 +244,7 @@ impl Prepared {
             warning.into_iter().for_each(|warning| observer.noted(&warning));
         };
         let go_through = || {
-            for _ in course.finished..options.schedule.steps {
+            for _ in course.reached.step..options.schedule.steps {
                 let step = trainer.step(stop)?;
                 ledger.record(&step);
                 let io = trainer.home().io().unwrap_or_default().since(&io_before);
@@ -255,7 +259,8 @@ impl Prepared {
             warn(io_after.since(&io_before).bytes_written, ledger.so_far().1, observer);
             // Before the export, which may fail: what was trained is worth keeping. The export is tried if this fails: it
             // may be all that is left then.
-            let finished = finish(trainer.home(), options.schedule.steps);
+            let reached = trainer.reached().unwrap_or_default();
+            let finished = finish(trainer.home(), &reached);
             let units = self.layout.units().len();
             let written = out.map(|mut out| {
                 let mut done = 0;
@@ -270,7 +275,7 @@ impl Prepared {
                 })?;
                 Ok::<_, TrainError>(out)
             });
-            Ok::<_, TrainError>((io_after, finished, written.transpose()))
+            Ok::<_, TrainError>((io_after, reached, finished, written.transpose()))
         };
         let gone_through = go_through();
         let left = trainer.home().left();
@@ -279,11 +284,11 @@ impl Prepared {
         if let Some(left) = left {
             observer.left(&left);
         }
-        let (io_after, finished, written) = gone_through?;
+        let (io_after, reached, finished, written) = gone_through?;
         let written = written.and_then(|out| Ok(out.map(CheckpointWriter::finish).transpose()?));
         finished?;
         written?;
-        let names = Names::of(self.layout.recipe());
+        let names = Names::of(self.layout.state_recipe());
         let mut summary = Summary {
             parameters: self.layout.numel() as u64,
             optimizer: names.optimizer,
@@ -299,7 +304,8 @@ impl Prepared {
             resident_bytes: budget(options).map(|_| self.plan.resident_bytes() as u64),
             tile_bytes: self.plan.tile_bytes(),
             volumes: transport.volumes.clone(),
-            first_step: course.finished.saturating_add(1),
+            loss_scale: reached.loss_scale.map(|found| f64::from(found.scale)),
+            first_step: course.reached.step.saturating_add(1),
             bytes_written_per_step_planned: planned,
             ..Summary::default()
         };

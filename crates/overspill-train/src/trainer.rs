@@ -8,7 +8,7 @@
 //! embedding ► layer 0 ► … ► layer n-1 ► head         weights of one unit at a time
 //!              │ inputs saved   │          ▼ loss
 //! embedding ◄ layer 0 ◄ … ◄ layer n-1 ◄ head         gradients of one unit at a time
-//!                                                      then: norm, clipping, update of every tile
+//!                                                      then: norm, clipping, update of every piece
 //! ```
 //!
 //! The trainer does not know where anything is kept; that is its [`Home`]'s matter. It adds up in one fixed order,
@@ -18,15 +18,17 @@ use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use overspill_optim::{Isa, add_assign, sum_of_squares};
+use overspill_optim::{Isa, LossScalerConfig, Outcome, add_assign, sum_of_squares};
 
 use crate::config::ModelConfig;
 use crate::error::{TrainError, check_stop};
 use crate::home::{Buffer, GradientStart, Home, SavedInput, Update, Visit, has_masters};
+use crate::identity::Reached;
 use crate::layout::{ModelLayout, Unit, UnitLayout};
 use crate::model::{Activations, Model, Weights};
 use crate::optimizer::Optimizer;
 use crate::plan::StepShape;
+use crate::scaling::Scaling;
 use crate::schedule::Schedule;
 
 /// Where batches of token ids come from.
@@ -49,6 +51,8 @@ pub struct Settings {
     pub clip: Option<f64>,
     /// The optimizer of the layout's recipe.
     pub optimizer: Optimizer,
+    /// How the scale of the loss moves; `None` leaves the loss as it is.
+    pub loss_scaler: Option<LossScalerConfig>,
     /// Seed of what is rounded at random.
     pub seed: u64,
     /// Instructions to compute the update with.
@@ -76,8 +80,10 @@ pub struct StepReport {
     pub step: u64,
     /// Mean loss per token, before the update.
     pub loss: f64,
-    /// Norm of the gradient, before clipping.
+    /// Norm of the gradient, without the scale of the loss, before clipping.
     pub gradient_norm: f64,
+    /// Whether the scaled gradient overflowed, so that nothing was updated.
+    pub skipped: bool,
     /// Learning rate.
     pub learning_rate: f64,
     /// Duration of the whole step.
@@ -96,6 +102,7 @@ pub struct Trainer<H, B> {
     settings: Settings,
     home: H,
     batches: B,
+    scaling: Scaling,
     progress: Progress,
 }
 
@@ -129,18 +136,29 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
             settings,
             home,
             batches,
+            scaling: Scaling::new(settings.loss_scaler),
             progress: Progress::Finished(0),
         }
     }
 
-    /// Goes on from the state after `step` steps, which the home has.
+    /// Goes on from the state of a run that had reached this, which the home has.
     #[must_use]
-    pub fn after(mut self, step: u64) -> Self {
-        self.progress = Progress::Finished(step);
+    pub fn after(mut self, reached: &Reached) -> Self {
+        self.progress = Progress::Finished(reached.step);
+        self.scaling = self.scaling.resume(reached.loss_scale);
         self
     }
 
-    /// Takes one optimizer step. `stop` is looked at between operations.
+    /// How far it has come; `None` when a step failed after it had begun to change the state.
+    pub fn reached(&self) -> Option<Reached> {
+        match self.progress {
+            Progress::Finished(step) => Some(Reached { step, loss_scale: self.scaling.reached() }),
+            Progress::Lost => None,
+        }
+    }
+
+    /// Takes one optimizer step. `stop` is looked at between operations. A step whose scaled gradient overflowed is finished,
+    /// too, but is no update: no byte of the state has changed.
     ///
     /// # Errors
     /// [`TrainError::Interrupted`] and [`TrainError::Diverged`] before anything was changed: the step can be taken
@@ -149,7 +167,7 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
         let Progress::Finished(finished) = self.progress else { return Err(self.lost()) };
         let step = finished + 1;
         let started = Instant::now();
-        let (loss, gradient_norm) = match self.gradient(step, stop) {
+        let (loss, gradient_norm, outcome) = match self.gradient(step, stop) {
             Ok(found) => found,
             Err(error) => {
                 if !matches!(error, TrainError::Interrupted | TrainError::Diverged { .. }) {
@@ -162,32 +180,40 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
         let update_started = Instant::now();
         let learning_rate = self.settings.schedule.learning_rate(step);
         self.progress = Progress::Lost;
-        self.home.update(&Update {
-            optimizer: self.settings.optimizer,
-            learning_rate,
-            weight_decay: self.settings.weight_decay,
-            step,
-            gradient_scale: clip_coefficient(self.settings.clip, gradient_norm),
-            seed: self.settings.seed,
-            isa: self.settings.isa,
-            stop,
-        })?;
+        let skipped = outcome == Outcome::NonFinite;
+        match outcome {
+            Outcome::Updated => self.home.update(&Update {
+                optimizer: self.settings.optimizer,
+                learning_rate,
+                weight_decay: self.settings.weight_decay,
+                update: step - self.scaling.steps_skipped(),
+                gradient_scale: clip_coefficient(self.settings.clip, gradient_norm) * self.scaling.unscale(),
+                seed: self.settings.seed,
+                isa: self.settings.isa,
+                stop,
+            })?,
+            // What was fetched for the update has no use.
+            Outcome::NonFinite => self.home.settle()?,
+        }
+        self.scaling.update(outcome);
         if self.settings.commit == Commit::EveryStep {
-            self.home.commit(step)?;
+            self.home.commit(&Reached { step, loss_scale: self.scaling.reached() })?;
         }
         self.progress = Progress::Finished(step);
         Ok(StepReport {
             step,
             loss,
             gradient_norm,
+            skipped,
             learning_rate,
             elapsed: started.elapsed(),
             update_elapsed: update_started.elapsed(),
         })
     }
 
-    /// Computes and puts away the gradient of every unit; returns the loss and the norm of all of them.
-    fn gradient(&mut self, step: u64, stop: &AtomicBool) -> Result<(f64, f64), TrainError> {
+    /// Computes and puts away the gradient of every unit; returns the loss, the norm of all of them without
+    /// the scale of the loss, and whether they are good for an update.
+    fn gradient(&mut self, step: u64, stop: &AtomicBool) -> Result<(f64, f64, Outcome), TrainError> {
         let mut squares = 0.0;
         self.home.announce(self.visits())?;
         let micros: Vec<Micro> =
@@ -198,9 +224,10 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
         check_finite(step, "the loss", loss)?;
         let flows = self.backward(flows, &mut squares, stop)?;
         self.embed_backward(&micros, flows, &mut squares)?;
-        let norm = squares.sqrt();
-        check_finite(step, "the gradient norm", norm)?;
-        Ok((loss, norm))
+        let norm = squares.sqrt() * f64::from(self.scaling.unscale());
+        let diverged = TrainError::Diverged { step, what: "the gradient norm", value: norm };
+        let outcome = self.scaling.judge(norm).ok_or(diverged)?;
+        Ok((loss, norm, outcome))
     }
 
     /// Hands the weights of every unit that the model computes with to `each`, in forward order.
@@ -231,7 +258,7 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
         &mut self,
         mut each: impl FnMut(&UnitLayout, usize, &[f32]) -> Result<(), TrainError>,
     ) -> Result<(), TrainError> {
-        if !has_masters(self.layout.recipe().weights()) {
+        if !has_masters(self.layout.weight_format()) {
             return self.weights(|unit, weights| each(unit, 0, weights));
         }
         if matches!(self.progress, Progress::Lost) {
@@ -318,6 +345,7 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
             false => None,
         };
         let tokens = self.settings.shape.tokens() as f64;
+        let scale = (f64::from(self.scaling.scale()) / tokens) as f32;
         let isa = self.settings.isa;
         let mut loss = 0.0;
         for (micro, flow) in micros.iter().zip(&mut flows) {
@@ -326,7 +354,7 @@ impl<H: Home, B: BatchSource> Trainer<H, B> {
                 embedding.as_ref(),
                 flow,
                 &micro.targets,
-                (1.0 / tokens) as f32,
+                scale,
                 &mut |unit, range, part| {
                     let whole = match (unit, &mut embedding_gradient) {
                         (Unit::Embedding, Some(gradient)) => gradient,

@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use overspill_io::{Engine, EngineConfig, Pool};
-use overspill_optim::Isa;
+use overspill_optim::{AdafactorConfig, AdamWConfig, Isa, MomentFormat, MuonConfig, WeightFormat};
 use overspill_swap::{Durability, Volume};
 use overspill_train::config::{ModelConfig, Rope};
-use overspill_train::home::{GradientStart, Home, Site, SwappedHome, Update};
-use overspill_train::identity::Identity;
+use overspill_train::home::{GradientStart, Home, MemoryHome, Site, SwappedHome, Update};
+use overspill_train::identity::{Identity, Reached};
 use overspill_train::layout::{ModelLayout, Unit};
 use overspill_train::model::{Activations, BatchShape, Model, Weights};
 use overspill_train::optimizer::Optimizer;
@@ -107,6 +107,19 @@ fn config(hidden: usize, heads: (usize, usize, usize), ffn: usize, vocab: usize)
 /// Held by each test of this binary: what another one allocates would be counted, too.
 static ALONE: Mutex<()> = Mutex::new(());
 
+fn update(stop: &AtomicBool) -> Update<'_> {
+    Update {
+        optimizer: Optimizer::default(),
+        learning_rate: 1e-3,
+        weight_decay: 0.1,
+        update: 1,
+        gradient_scale: 1.0,
+        seed: 0,
+        isa: Isa::detect(),
+        stop,
+    }
+}
+
 /// Tiles of a model of so many layers, and the most that its state on storage and one update of it take of the heap.
 fn bookkeeping(layers: usize) -> (usize, usize) {
     let config = ModelConfig { layers, ..config(512, (8, 4, 64), 1408, 257) };
@@ -121,16 +134,7 @@ fn bookkeeping(layers: usize) -> (usize, usize) {
     let identity = Identity::default();
     let site = Site { volumes: &volumes, durability: Durability::Step, identity: &identity };
     let stop = AtomicBool::new(false);
-    let update = Update {
-        optimizer: Optimizer::default(),
-        learning_rate: 1e-3,
-        weight_decay: 0.1,
-        step: 1,
-        gradient_scale: 1.0,
-        seed: 0,
-        isa: Isa::detect(),
-        stop: &stop,
-    };
+    let update = update(&stop);
     let peak = peak_of(|| {
         let mut home = SwappedHome::create(&layout, &plan, site, &pool, &mut |_, _| Ok(())).unwrap();
         for unit in layout.units() {
@@ -138,7 +142,7 @@ fn bookkeeping(layers: usize) -> (usize, usize) {
             home.put_gradient(unit.unit, gradient).unwrap();
         }
         home.update(&update).unwrap();
-        home.commit(1).unwrap();
+        home.commit(&Reached { step: 1, loss_scale: None }).unwrap();
         home
     });
     (layout.units().iter().map(|unit| unit.padded.div_ceil(plan.tile_elements())).sum(), peak)
@@ -152,6 +156,38 @@ fn the_plan_counts_what_the_tables_take_for_a_tile_and_not_twice_that() {
     let figures = format!("{per_tile} bytes for each of {many} tiles, {TILE_RECORD_BYTES} in the plan");
     assert!(per_tile <= TILE_RECORD_BYTES, "{figures}");
     assert!(TILE_RECORD_BYTES <= 2 * per_tile, "{figures}");
+}
+
+#[test]
+fn the_plan_counts_what_the_update_of_a_whole_parameter_takes_and_not_twice_that() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let config = config(256, (4, 2, 64), 704, 900);
+    let stop = AtomicBool::new(false);
+    let adamw = AdamWConfig::default();
+    let muon = Optimizer::Muon { muon: MuonConfig::default(), adamw };
+    for optimizer in [Optimizer::Adafactor(AdafactorConfig::default()), muon] {
+        for weights in [WeightFormat::F32, WeightFormat::F16WithMaster] {
+            let layout = ModelLayout::of(&config, optimizer.recipe(weights, MomentFormat::F32).unwrap());
+            let mut home = MemoryHome::new(&layout, &mut |_, values| {
+                values.fill(0.5);
+                Ok(())
+            })
+            .unwrap();
+            for unit in layout.units() {
+                let mut gradient = home.gradient(unit.unit, GradientStart::Zero).unwrap();
+                gradient.iter_mut().zip(0..).for_each(|(x, i)| *x = (i % 7 - 3) as f32);
+                home.put_gradient(unit.unit, gradient).unwrap();
+            }
+            let update = Update { optimizer, ..update(&stop) };
+            // The first one makes what threads keep for good.
+            home.update(&update).unwrap();
+            let peak = peak_of(|| home.update(&update).unwrap());
+            let bound = layout.update_workspace_bytes();
+            let figures = format!("{optimizer:?} {weights:?}: {peak} bytes, {bound} in the plan");
+            assert!(peak <= bound, "{figures}");
+            assert!(bound <= 2 * peak, "{figures}");
+        }
+    }
 }
 
 #[test]

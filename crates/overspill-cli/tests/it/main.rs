@@ -15,3 +15,4 @@ mod store_commands;
 mod store_commands_running;
 mod train;
 mod tune;
+mod whole;

@@ -102,7 +102,7 @@ fn a_kept_state_is_gone_on_with_by_its_own_recipe_only() {
     ] {
         resumed(more).refused(&["the state of another run", says]);
     }
-    place.train(&["--momentum", "0.5"]).refused(&["--momentum is for --optimizer sgd only"]);
+    place.train(&["--momentum", "0.5"]).refused(&["--momentum is for --optimizer sgd and muon only"]);
 
     // Weights that no run has touched are stored as those of AdamW in single precision.
     fs::create_dir(place.path("other")).unwrap();

@@ -7,6 +7,7 @@
 
 use rayon::prelude::*;
 
+use crate::CHUNK_ELEMENTS;
 use crate::isa::{Isa, Kernel, Load};
 
 /// Rows and columns of the sums that are kept in registers.
@@ -29,10 +30,13 @@ impl Matrix {
     pub(crate) fn transposed(&self) -> Self {
         let (rows, columns) = (self.columns, self.rows);
         let mut values = vec![0.0; self.values.len()];
-        values.par_chunks_mut(columns.max(1)).enumerate().for_each(|(column, row)| {
-            let source = self.values.iter().skip(column).step_by(rows.max(1));
-            row.iter_mut().zip(source).for_each(|(to, from)| *to = *from);
-        });
+        let chunk_rows = CHUNK_ELEMENTS.div_ceil(columns.max(1));
+        values.par_chunks_mut(columns.max(1)).enumerate().with_min_len(chunk_rows).for_each(
+            |(column, row)| {
+                let source = self.values.iter().skip(column).step_by(rows.max(1));
+                row.iter_mut().zip(source).for_each(|(to, from)| *to = *from);
+            },
+        );
         Self { rows, columns, values }
     }
 
@@ -46,7 +50,8 @@ impl Matrix {
         addend_scale: f32,
     ) -> Self {
         let mut product = self.product(isa, right);
-        product.values.par_iter_mut().zip(&addend.values).for_each(|(x, addend)| {
+        let elements = product.values.par_iter_mut().zip(&addend.values);
+        elements.with_min_len(CHUNK_ELEMENTS).for_each(|(x, addend)| {
             *x = *x * scale + *addend * addend_scale;
         });
         product
@@ -71,7 +76,8 @@ impl Matrix {
     /// The columns in groups of [`COLUMNS`], each group row by row, the last one padded with zeros.
     fn panels(&self) -> Vec<[f32; COLUMNS]> {
         let mut panels = vec![[0.0; COLUMNS]; self.columns.div_ceil(COLUMNS) * self.rows];
-        panels.par_chunks_mut(self.rows).enumerate().for_each(|(panel, rows)| {
+        let chunk_panels = CHUNK_ELEMENTS.div_ceil(COLUMNS * self.rows);
+        panels.par_chunks_mut(self.rows).enumerate().with_min_len(chunk_panels).for_each(|(panel, rows)| {
             let first = panel * COLUMNS;
             let width = COLUMNS.min(self.columns - first);
             for (packed, row) in rows.iter_mut().zip(self.values.chunks(self.columns)) {
@@ -122,18 +128,22 @@ impl Kernel for Stripe<'_> {
     }
 }
 
-/// Adds the products of a column of `left` and a row of `right`, term after term.
+/// Adds the products of a column of `left` and a row of `right`, term after term. Each row has sums of its own name: of an
+/// array of arrays the compiler would make shuffles of wide registers, at a tenth of the speed.
 #[inline(always)]
 fn add<L: Load>(sums: &mut [[f32; COLUMNS]; ROWS], left: &[[f32; ROWS]], right: &[[f32; COLUMNS]]) {
-    let mut kept = *sums;
+    let [mut first, mut second, mut third, mut fourth] = *sums;
     for (left, right) in left.iter().zip(right) {
-        for (sums, x) in kept.iter_mut().zip(left) {
-            for (sum, y) in sums.iter_mut().zip(right) {
-                *sum += *x * L::load(*y);
-            }
+        let [a, b, c, d] = *left;
+        for column in 0..COLUMNS {
+            let y = L::load(right[column]);
+            first[column] += a * y;
+            second[column] += b * y;
+            third[column] += c * y;
+            fourth[column] += d * y;
         }
     }
-    *sums = kept;
+    *sums = [first, second, third, fourth];
 }
 
 #[cfg(test)]

@@ -70,6 +70,35 @@ fn whole_parameters_get_the_same_bits_on_every_instruction_set_and_any_number_of
 }
 
 #[test]
+fn the_masters_of_a_whole_parameter_are_what_it_began_with() {
+    use WeightFormat::{Bf16Stochastic, Bf16WithRemainder, F16WithMaster, F32};
+    let values = noise(600, 1);
+    for (rule, _) in STEPS {
+        for format in [F32, Bf16WithRemainder, F16WithMaster, Bf16Stochastic] {
+            let recipe = WholeRecipe::new(rule, format, Shape::matrix(20, 30)).unwrap();
+            let mut record = vec![0_u64; recipe.layout().unwrap().bytes() / 8];
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut record);
+            let (mut single, mut half) = (vec![0.0; 600], vec![0; 600]);
+            let mut weights = match format {
+                F32 => Weights::F32(&mut single),
+                F16WithMaster => Weights::F16(&mut half),
+                Bf16WithRemainder | Bf16Stochastic => Weights::Bf16(&mut half),
+            };
+            let (isa, origin) = (Isa::detect(), Origin::default());
+            let values = Gradient::F32(&values);
+            let outcome = recipe.initialize(isa, bytes, weights.reborrow(), values, origin);
+            assert_eq!(outcome, Ok(Outcome::Updated));
+            let mut masters = vec![0.0; 600];
+            recipe.read_masters(bytes, weights.reborrow(), &mut masters).unwrap();
+            let exact = bits(&masters) == bits(&noise(600, 1));
+            assert_eq!(exact, format != Bf16Stochastic, "{rule:?} {format:?}");
+            let error = recipe.read_masters(bytes, weights, &mut masters[1..]);
+            assert_eq!(error.unwrap_err().to_string(), "gradient has length 599, expected 600");
+        }
+    }
+}
+
+#[test]
 fn a_whole_parameter_with_a_gradient_that_is_not_finite_stays_as_it_is() {
     for (rule, step) in STEPS {
         let recipe = WholeRecipe::new(rule, WeightFormat::F32, Shape::matrix(20, 30)).unwrap();

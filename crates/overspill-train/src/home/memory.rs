@@ -1,18 +1,19 @@
-//! The reference: all training state in ordinary memory, one array per unit, no tiles, no store.
+//! The reference: all training state in ordinary memory, one array per unit, pieces as long as they can be, no store.
 
 use std::collections::HashMap;
 use std::mem;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use overspill_optim::Recipe;
 
 use super::buffer::Buffer;
 use super::io::IoReport;
 use super::tile::widen;
-use super::{GradientStart, Home, Left, Masters, SavedInput, Source, TileState, Update, Visit};
+use super::{GradientStart, Home, Left, Masters, PieceState, SavedInput, Source, Update, Visit};
 use crate::error::{TrainError, check_stop};
-use crate::layout::{ModelLayout, Unit};
+use crate::identity::Reached;
+use crate::layout::{ModelLayout, Unit, UnitLayout};
 
 /// Keeps everything in memory.
 #[derive(Debug)]
@@ -22,13 +23,13 @@ pub struct MemoryHome {
     inputs: HashMap<(usize, usize), Bytes>,
 }
 
-/// The arrays of one unit, `UnitLayout::padded` elements each; to the recipe they are one tile.
+/// The arrays of one unit, `UnitLayout::padded` elements each, and the records of its pieces.
 #[derive(Debug)]
 struct UnitState {
     /// As they are stored.
     weights: Arc<Floats>,
     gradient: Vec<f32>,
-    record: Floats,
+    records: Vec<Floats>,
 }
 
 /// Weights that tensors may share, or other bytes that are aligned as numbers are.
@@ -55,11 +56,25 @@ impl AsRef<[u8]> for Shared {
 }
 
 impl UnitState {
-    fn tile<'a>(&'a mut self, recipe: &'a Recipe) -> TileState<'a> {
+    /// Hands every piece to `each`, with its elements inside the unit.
+    fn pieces(
+        &mut self,
+        layout: &ModelLayout,
+        unit: &UnitLayout,
+        mut each: impl FnMut(PieceState<'_>, Range<usize>),
+    ) {
         let weights = Arc::get_mut(&mut self.weights).expect("no tensor outlives its pass over the layer");
-        TileState { recipe, weights: weights.bytes_mut(), record: self.record.bytes_mut() }
+        let (weights, weight_bytes) = (weights.bytes_mut(), layout.weight_bytes());
+        for (piece, record) in unit.pieces(UNCUT).zip(&mut self.records) {
+            let weights = &mut weights[piece.range.start * weight_bytes..piece.range.end * weight_bytes];
+            let state = PieceState { unit, piece: &piece, weights, record: record.bytes_mut() };
+            each(state, piece.range.clone());
+        }
     }
 }
+
+/// Nothing is cut that need not be.
+const UNCUT: usize = usize::MAX;
 
 impl MemoryHome {
     /// Makes room for a model and fills its weights.
@@ -74,9 +89,9 @@ impl MemoryHome {
             let mut state = UnitState {
                 weights: Arc::new(Floats::zeros(layout.weights_bytes(unit))),
                 gradient: Vec::new(),
-                record: Floats::zeros(layout.record_bytes(unit.padded)),
+                records: unit.pieces(UNCUT).map(|piece| Floats::zeros(piece.record_bytes())).collect(),
             };
-            state.tile(layout.recipe()).initialize(unit, 0, &values);
+            state.pieces(layout, unit, |mut piece, range| piece.initialize(&values[range]));
             values.fill(0.0);
             state.gradient = values;
             units.push(state);
@@ -96,7 +111,7 @@ impl Home for MemoryHome {
             return Ok(Bytes::from_owner(stored));
         }
         let mut widened = vec![0.0; self.layout.unit(unit).padded];
-        widen(self.layout.recipe().weights(), stored.as_ref(), &mut widened);
+        widen(self.layout.weight_format(), stored.as_ref(), &mut widened);
         Ok(Bytes::from_owner(Shared(Arc::new(Floats(widened)))))
     }
 
@@ -126,11 +141,10 @@ impl Home for MemoryHome {
     }
 
     fn update(&mut self, update: &Update<'_>) -> Result<(), TrainError> {
-        let recipe = self.layout.recipe();
         for (unit, state) in self.layout.units().iter().zip(&mut self.units) {
             check_stop(update.stop)?;
             let gradient = mem::take(&mut state.gradient);
-            state.tile(recipe).update(unit, 0, &gradient, update);
+            state.pieces(&self.layout, unit, |mut piece, range| piece.update(&gradient[range], update));
             state.gradient = gradient;
         }
         Ok(())
@@ -138,8 +152,9 @@ impl Home for MemoryHome {
 
     fn masters(&mut self, unit: Unit, each: &mut Masters<'_>) -> Result<(), TrainError> {
         let state = &mut self.units[self.layout.index(unit)];
-        let mut values = vec![0.0; self.layout.unit(unit).padded];
-        state.tile(self.layout.recipe()).masters(&mut values);
+        let unit = self.layout.unit(unit);
+        let mut values = vec![0.0; unit.padded];
+        state.pieces(&self.layout, unit, |mut piece, range| piece.masters(&mut values[range]));
         each(0, &values)
     }
 
@@ -147,7 +162,7 @@ impl Home for MemoryHome {
         Ok(())
     }
 
-    fn commit(&mut self, _step: u64) -> Result<(), TrainError> {
+    fn commit(&mut self, _reached: &Reached) -> Result<(), TrainError> {
         Ok(())
     }
 

@@ -7,9 +7,11 @@
 mod buffer;
 mod io;
 mod memory;
+mod piece;
 mod place;
 mod swapped;
 mod tile;
+mod whole;
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -21,10 +23,12 @@ pub use self::buffer::Buffer;
 pub(crate) use self::buffer::{floats, floats_mut};
 pub use self::io::IoReport;
 pub use self::memory::MemoryHome;
+pub(crate) use self::piece::PieceState;
 pub(crate) use self::place::{Array, moments_name, weights_name};
 pub use self::swapped::{Site, SwappedHome};
-pub(crate) use self::tile::{TileState, elements_of, has_masters, widen};
+pub(crate) use self::tile::{TileState, has_masters, widen};
 use crate::error::TrainError;
+use crate::identity::Reached;
 use crate::layout::{Unit, UnitLayout};
 use crate::optimizer::Optimizer;
 
@@ -114,7 +118,7 @@ pub trait Home {
     /// behind the next forward pass.
     ///
     /// # Errors
-    /// [`TrainError::Interrupted`] between two tiles, or what a transfer failed with.
+    /// [`TrainError::Interrupted`] between two pieces, or what a transfer failed with.
     fn update(&mut self, update: &Update<'_>) -> Result<(), TrainError>;
 
     /// Hands the exact weights of a unit to `each`, with the first element of each piece, in order. They are those that the
@@ -130,11 +134,11 @@ pub trait Home {
     /// [`TrainError`] of a write that failed; there is no state to go on from then.
     fn settle(&mut self) -> Result<(), TrainError>;
 
-    /// Makes the state after `step` the one that a later run finds.
+    /// Makes the state the one that a later run finds, with what it has reached.
     ///
     /// # Errors
     /// [`TrainError`] when it can't be made durable.
-    fn commit(&mut self, step: u64) -> Result<(), TrainError>;
+    fn commit(&mut self, reached: &Reached) -> Result<(), TrainError>;
 
     /// What is left for a later run if this one ends now; `None` when nothing is.
     fn left(&self) -> Option<Left>;
@@ -152,9 +156,9 @@ pub struct Update<'a> {
     pub learning_rate: f64,
     /// Weight decay of the parameters that decay.
     pub weight_decay: f64,
-    /// Number of this step, from 1.
-    pub step: u64,
-    /// Every gradient is multiplied by this: clipping.
+    /// Number of this update, from 1: that of the step, if none was skipped.
+    pub update: u64,
+    /// Every gradient is multiplied by this: clipping, and what undoes the scale of the loss.
     pub gradient_scale: f32,
     /// Seed of what is rounded at random.
     pub seed: u64,

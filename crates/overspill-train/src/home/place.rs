@@ -1,44 +1,56 @@
 //! The long tensors of a swapped home: what they are called, how they are cut, and where one is at the moment.
 
-use overspill_io::BLOCK_ALIGNMENT;
-use overspill_swap::tiles;
+use overspill_swap::tiles::tile_name;
 use overspill_swap::{Slot, Store, StoreError, Worth};
 
 use crate::layout::{ModelLayout, Unit, UnitLayout};
 
-/// A long tensor of a unit, and the tiles that it is cut into.
+/// A long tensor of a unit, and the lengths of the pieces that it is cut into.
 pub(crate) struct Array {
-    pub(crate) name: String,
-    pub(crate) bytes: usize,
-    pub(crate) tile_bytes: usize,
+    name: String,
+    lengths: Vec<usize>,
 }
 
 impl Array {
     /// Weights as the recipe stores them; tiles are of so many elements, here and below.
     pub(crate) fn weights(layout: &ModelLayout, unit: &UnitLayout, tile_elements: usize) -> Self {
-        let tile_bytes = tile_elements * layout.weight_bytes();
-        Self { name: weights_name(unit.unit), bytes: layout.weights_bytes(unit), tile_bytes }
+        let lengths = unit.pieces(tile_elements).map(|piece| piece.elements() * layout.weight_bytes());
+        Self { name: weights_name(unit.unit), lengths: lengths.collect() }
     }
 
     pub(crate) fn gradient(unit: &UnitLayout, tile_elements: usize) -> Self {
-        let name = format!("gradient/{}", unit.unit);
-        Self { name, bytes: unit.padded_bytes(), tile_bytes: tile_elements * size_of::<f32>() }
+        let lengths = unit.pieces(tile_elements).map(|piece| piece.elements() * size_of::<f32>());
+        Self { name: format!("gradient/{}", unit.unit), lengths: lengths.collect() }
     }
 
-    /// The record of each tile; of some recipes nothing.
+    /// The record of each piece; of some recipes nothing.
     pub(crate) fn moments(layout: &ModelLayout, unit: &UnitLayout, tile_elements: usize) -> Self {
-        let (name, bytes) = (moments_name(unit.unit), layout.records_bytes(unit, tile_elements));
-        Self { name, bytes, tile_bytes: layout.record_bytes(tile_elements).max(BLOCK_ALIGNMENT) }
+        let lengths = unit.pieces(tile_elements).map(|piece| piece.record_bytes());
+        let lengths = match layout.records_bytes(unit, tile_elements) {
+            0 => Vec::new(),
+            _ => lengths.collect(),
+        };
+        Self { name: moments_name(unit.unit), lengths }
+    }
+
+    /// Length of all pieces, in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.lengths.iter().sum()
     }
 
     /// Makes room for it.
     pub(crate) fn reserve(&self, store: &Store, worth: Worth) -> Result<Vec<Slot>, StoreError> {
-        tiles::reserve(store, &self.name, self.bytes, self.tile_bytes, worth)
+        self.pieces().map(|(name, bytes)| store.reserve(name, bytes, worth).map(Slot::Vacant)).collect()
     }
 
     /// Takes up what was committed.
     pub(crate) fn adopt(&self, store: &Store) -> Result<Vec<Slot>, StoreError> {
-        tiles::adopt(store, &self.name, self.bytes, self.tile_bytes)
+        self.pieces().map(|(name, bytes)| store.adopt(&name, bytes).map(Slot::Swapped)).collect()
+    }
+
+    /// What each piece is called, and its length.
+    fn pieces(&self) -> impl Iterator<Item = (String, usize)> {
+        self.lengths.iter().enumerate().map(|(index, &bytes)| (tile_name(&self.name, index), bytes))
     }
 }
 

@@ -1,14 +1,15 @@
 //! The real thing: all training state on storage, and in memory only what is being used or about to be.
 //!
-//! Per unit there are three long tensors, cut into tiles at the same borders: the weights, the gradient, and the
-//! optimizer state, whose tile is the record that the recipe makes of it (of AdamW in single precision both moments, one
-//! behind the other), so that a tile of state is one read and one write. A unit's weights are loaded into one block and
+//! Per unit there are three long tensors, cut into the same [pieces](crate::piece): the weights, the gradient, and the
+//! optimizer state, whose piece is the record that the recipe makes of it (of AdamW in single precision both moments, one
+//! behind the other), so that a piece of state is one read and one write. Pieces are tiles of one length, but for
+//! parameters that are updated as a whole, which are one piece each. A unit's weights are loaded into one block and
 //! lent to the model; the block returns to the pool when the model's last tensor over it is dropped. Weights of two
-//! bytes are loaded as they are, half as many bytes, and widened into another block. The update runs tile by tile
+//! bytes are loaded as they are, half as many bytes, and widened into another block. The update runs piece by piece
 //! through the pipeline.
 //!
 //! What will be asked for is known for a whole step, so the next unit loads while this one computes, the update's first
-//! tiles come in during the end of the backward pass, and its last ones go out during the next forward pass.
+//! pieces come in during the end of the backward pass, and its last ones go out during the next forward pass.
 //!
 //! What the plan [keeps](crate::plan::Keeping) stays in memory: weights and optimizer state as tiles that are written only
 //! when they are committed, gradients and saved inputs as ordinary arrays that are never written.
@@ -27,10 +28,11 @@ use super::buffer::{Buffer, floats, floats_mut};
 use super::io::IoReport;
 use super::place::{Array, Place};
 use super::tile::widen;
-use super::{GradientStart, Home, Left, Masters, SavedInput, Source, TileState, Update, Visit, elements_of};
+use super::{GradientStart, Home, Left, Masters, PieceState, SavedInput, Source, Update, Visit};
 use crate::error::{TrainError, check_stop};
-use crate::identity::Identity;
+use crate::identity::{Identity, Reached};
 use crate::layout::{ModelLayout, Unit, UnitLayout};
+use crate::piece::Piece;
 use crate::plan::MemoryPlan;
 
 /// Keeps everything on storage.
@@ -99,27 +101,34 @@ impl SwappedHome {
             let mut block = lease_part(pool, block_bytes, weights_bytes)?;
             block.fill(0);
             let moments = {
-                let starts = (0..unit.padded).step_by(tile_elements);
-                let mut tiles = starts.zip(block.chunks_mut(tile_elements * layout.weight_bytes()));
+                let (mut pieces, mut unfilled) = (unit.pieces(tile_elements), &mut block[..]);
                 let mut fill = |record: &mut [u8]| {
                     record.fill(0);
-                    let (start, weights) = tiles.next().expect("weights and records have the same tiles");
-                    let mut tile = TileState { recipe: layout.recipe(), weights, record };
-                    tile.initialize(unit, start, &values[start..]);
+                    let piece = pieces.next().expect("there is a record for each piece");
+                    let weights_bytes = piece.elements() * layout.weight_bytes();
+                    let (weights, rest) = mem::take(&mut unfilled).split_at_mut(weights_bytes);
+                    unfilled = rest;
+                    let values = &values[piece.range.clone()];
+                    PieceState { unit, piece: &piece, weights, record }.initialize(values);
                 };
                 if moments.is_empty() {
-                    (0..unit.padded).step_by(tile_elements).for_each(|_| fill(&mut []));
+                    (0..unit.piece_count(tile_elements)).for_each(|_| fill(&mut []));
                     moments
                 } else if plan.keeping().moments[index] {
                     let mut records = pool.lease(layout.records_bytes(unit, tile_elements))?;
-                    records.chunks_mut(plan.record_bytes()).for_each(fill);
+                    let mut rest = &mut records[..];
+                    for piece in &moments {
+                        let (record, others) = rest.split_at_mut(piece.bytes());
+                        fill(record);
+                        rest = others;
+                    }
                     tiles::keep(moments, records)?
                 } else {
                     let mut stored = Vec::with_capacity(moments.len());
-                    for tile in moments {
-                        let mut record = lease_part(pool, plan.record_bytes(), tile.bytes())?;
+                    for piece in moments {
+                        let mut record = lease_part(pool, plan.record_bytes(), piece.bytes())?;
                         fill(&mut record);
-                        stored.extend(tiles::store(vec![tile], record)?);
+                        stored.extend(tiles::store(vec![piece], record)?);
                     }
                     settle(stored)?
                 }
@@ -131,7 +140,7 @@ impl SwappedHome {
         Ok(home)
     }
 
-    /// Opens the state that an earlier run left, and says after which step it is.
+    /// Opens the state that an earlier run left, and says what that had reached.
     ///
     /// # Errors
     /// [`TrainError::OtherRun`] when that run was not the same one, [`TrainError`] when the store can't be opened.
@@ -140,10 +149,10 @@ impl SwappedHome {
         plan: &MemoryPlan,
         site: Site<'_>,
         pool: &Pool,
-    ) -> Result<(Self, u64), TrainError> {
+    ) -> Result<(Self, Reached), TrainError> {
         let Site { volumes, durability, identity } = site;
         let store = Store::open_over(volumes, durability)?;
-        let step = identity.check(store.path(), &store.meta(), layout.recipe())?;
+        let reached = identity.check(store.path(), &store.meta(), layout.state_recipe())?;
         store.provide(plan.storage_bytes(layout, durability))?;
         let mut home = Self::over(layout, plan, identity.clone(), pool, store)?;
         for (index, unit) in layout.units().iter().enumerate() {
@@ -152,7 +161,7 @@ impl SwappedHome {
                 if !stays || tiles.is_empty() {
                     return Ok(tiles);
                 }
-                Ok(LoadingTiles::start(tiles, pool.lease(array.bytes)?)?.stay()?)
+                Ok(LoadingTiles::start(tiles, pool.lease(array.bytes())?)?.stay()?)
             };
             let (tile_elements, keeping) = (plan.tile_elements(), plan.keeping());
             let weights = take_up(Array::weights(layout, unit, tile_elements), keeping.weights[index])?;
@@ -160,7 +169,7 @@ impl SwappedHome {
             home.units[index].weights = weights;
             home.units[index].moments = moments;
         }
-        Ok((home, step))
+        Ok((home, reached))
     }
 
     /// A home whose weights and moments are still to come.
@@ -289,7 +298,7 @@ impl SwappedHome {
 
     /// Starts loading what the update will need first, while the last gradients are computed.
     fn prefetch_update(&mut self) -> Result<(), TrainError> {
-        let weights_bytes = self.plan.tile_elements() * self.layout.weight_bytes();
+        let weights_bytes = self.plan.piece_weights_bytes(&self.layout);
         let mut left = self.plan.depth();
         for unit in &mut self.units {
             let arrays = [(&mut unit.weights, weights_bytes), (&mut unit.moments, self.plan.record_bytes())];
@@ -343,7 +352,7 @@ impl Home for SwappedHome {
         }
         let block_bytes = self.plan.unit_block_bytes(&self.layout, unit);
         let mut widened = lease_part(&self.pool, block_bytes, self.layout.unit(unit).padded_bytes())?;
-        widen(self.layout.recipe().weights(), &stored, floats_mut(&mut widened));
+        widen(self.layout.weight_format(), &stored, floats_mut(&mut widened));
         Ok(Buffer::freeze(widened))
     }
 
@@ -409,10 +418,11 @@ impl Home for SwappedHome {
     }
 
     fn update(&mut self, update: &Update<'_>) -> Result<(), TrainError> {
+        let tile_elements = self.plan.tile_elements();
         let mut parts = Vec::new();
         let mut items = Vec::new();
         let mut in_memory = Vec::with_capacity(self.units.len());
-        for (index, state) in self.units.iter_mut().enumerate() {
+        for (index, (unit, state)) in self.layout.units().iter().zip(&mut self.units).enumerate() {
             let (values, mut stored) = match &mut state.gradient {
                 Place::Memory(values) => (&values[..], Vec::new().into_iter()),
                 Place::Tiles(tiles) => (&[][..], mem::take(tiles).into_iter()),
@@ -420,22 +430,22 @@ impl Home for SwappedHome {
             in_memory.push(values);
             let weights = mem::take(&mut state.weights).into_iter();
             let mut moments = mem::take(&mut state.moments).into_iter();
-            for (tile, weights) in weights.enumerate() {
-                parts.push((index, tile * self.plan.tile_elements()));
+            for (piece, weights) in unit.pieces(tile_elements).zip(weights) {
+                parts.push((index, piece));
                 let edited = std::iter::once(weights).chain(moments.next()).collect();
                 items.push(Item { edited, read: stored.next().into_iter().collect() });
             }
         }
-        let gradient_bytes = self.plan.tile_bytes();
-        let weights_bytes = self.plan.tile_elements() * self.layout.weight_bytes();
+        let gradient_bytes = self.plan.piece_gradient_bytes();
+        let weights_bytes = self.plan.piece_weights_bytes(&self.layout);
         let all = [weights_bytes, self.plan.record_bytes(), gradient_bytes];
         let without_record = [weights_bytes, gradient_bytes];
         let block_bytes = if self.plan.record_bytes() > 0 { &all[..] } else { &without_record };
         let limits = Limits { pool: &self.pool, depth: self.plan.depth(), block_bytes };
-        let (units, recipe) = (self.layout.units(), self.layout.recipe());
+        let units = self.layout.units();
         let done = pipeline::run(limits, items, |item, edited, read| {
             check_stop(update.stop)?;
-            let (index, start) = parts[item];
+            let (index, piece) = &parts[item];
             let (weights, record): (&mut [u8], &mut [u8]) = match edited {
                 [weights, record] => (weights, record),
                 [weights] => (weights, &mut []),
@@ -443,9 +453,9 @@ impl Home for SwappedHome {
             };
             let gradient = match read {
                 [gradient] => floats(gradient),
-                _ => &in_memory[index][start..start + elements_of(recipe, weights.len())],
+                _ => &in_memory[*index][piece.range.clone()],
             };
-            TileState { recipe, weights, record }.update(&units[index], start, gradient, update);
+            PieceState { unit: &units[*index], piece, weights, record }.update(gradient, update);
             Ok::<(), TrainError>(())
         })?;
         for ((index, _), item) in parts.into_iter().zip(done.items) {
@@ -462,30 +472,29 @@ impl Home for SwappedHome {
 
     fn masters(&mut self, unit: Unit, each: &mut Masters<'_>) -> Result<(), TrainError> {
         let index = self.layout.index(unit);
+        let unit = self.layout.unit(unit);
         let state = &mut self.units[index];
-        let mut left = mem::take(&mut state.weights).into_iter();
-        let mut moments = mem::take(&mut state.moments).into_iter();
-        let weights_bytes = self.plan.tile_elements() * self.layout.weight_bytes();
-        let mut start = 0;
-        let mut show = |slot| {
+        let moments = mem::take(&mut state.moments);
+        let weights = mem::take(&mut state.weights);
+        let weights_bytes = self.plan.piece_weights_bytes(&self.layout);
+        let mut moments = moments.into_iter();
+        let mut left = unit.pieces(self.plan.tile_elements()).zip(weights);
+        let mut show = |(piece, slot): (Piece, Slot)| {
             let (slot, mut weights) = load(&self.pool, slot, weights_bytes)?;
             state.weights.push(slot);
             let record = moments.next().map(|slot| load(&self.pool, slot, self.plan.record_bytes()));
             let (slot, mut record) = record.transpose()?.unzip();
             state.moments.extend(slot);
-            let recipe = self.layout.recipe();
-            let elements = elements_of(recipe, weights.len());
-            let mut block = lease_part(&self.pool, self.plan.tile_bytes(), elements * size_of::<f32>())?;
+            let bytes = piece.elements() * size_of::<f32>();
+            let mut block = lease_part(&self.pool, self.plan.piece_gradient_bytes(), bytes)?;
             let record = record.as_deref_mut().unwrap_or_default();
             let masters = floats_mut(&mut block);
-            TileState { recipe, weights: &mut weights, record }.masters(masters);
-            each(start, masters)?;
-            start += elements;
-            Ok::<(), TrainError>(())
+            PieceState { unit, piece: &piece, weights: &mut weights, record }.masters(masters);
+            each(piece.range.start, masters)
         };
         let shown = left.by_ref().try_for_each(&mut show);
         // Whoever stops looking leaves the rest where it is.
-        state.weights.extend(left);
+        state.weights.extend(left.map(|(_, slot)| slot));
         state.moments.extend(moments);
         shown
     }
@@ -497,12 +506,13 @@ impl Home for SwappedHome {
         Ok(())
     }
 
-    fn commit(&mut self, step: u64) -> Result<(), TrainError> {
+    fn commit(&mut self, reached: &Reached) -> Result<(), TrainError> {
         for array in self.arrays() {
             *array = mem::take(array).into_iter().map(Slot::save).collect();
         }
         self.settle()?;
-        Ok(self.store.commit(self.identity.meta(step, self.plan.tile_bytes(), self.layout.recipe()))?)
+        let meta = self.identity.meta(reached, self.plan.tile_bytes(), self.layout.state_recipe());
+        Ok(self.store.commit(meta)?)
     }
 
     fn left(&self) -> Option<Left> {

@@ -1,4 +1,5 @@
-//! The state of a tile in memory, whatever the recipe makes of it: filled, updated, widened, read.
+//! The state of elements that are updated by themselves, in memory, whatever the recipe makes of it: filled, updated,
+//! widened, read.
 //!
 //! A tile is a piece of a unit: its weights as they are stored, and its record. It may have parts of several parameters,
 //! and padding between them, which no step touches. Random rounding depends on the parameter, the element and the step,
@@ -23,14 +24,9 @@ pub(crate) struct TileState<'a> {
     pub(crate) record: &'a mut [u8],
 }
 
-/// Number of elements whose weights take so many bytes.
-pub(crate) fn elements_of(recipe: &Recipe, bytes: usize) -> usize {
-    bytes / recipe.weights().weight_bytes()
-}
-
 impl<'a> TileState<'a> {
     fn elements(&self) -> usize {
-        elements_of(self.recipe, self.weights.len())
+        self.weights.len() / self.recipe.weights().weight_bytes()
     }
 
     /// The elements from `start` to `end` of the tile, for a call.
@@ -38,13 +34,7 @@ impl<'a> TileState<'a> {
         let elements = self.elements();
         let bytes = self.recipe.record_bytes(elements).expect("a tile fits in memory");
         let weights = &mut *self.weights;
-        let weights = match self.recipe.weights() {
-            WeightFormat::F32 => Weights::F32(&mut floats_mut(weights)[start..end]),
-            WeightFormat::F16WithMaster => Weights::F16(&mut halves_mut(weights)[start..end]),
-            WeightFormat::Bf16WithRemainder | WeightFormat::Bf16Stochastic => {
-                Weights::Bf16(&mut halves_mut(weights)[start..end])
-            }
-        };
+        let weights = stored(self.recipe.weights(), weights, start, end);
         Tile { record: &mut self.record[..bytes], elements, range: start..end, weights }
     }
 
@@ -69,8 +59,11 @@ impl<'a> TileState<'a> {
     /// # Panics
     /// When a gradient is not finite: the trainer has found their norm to be.
     pub(crate) fn update(&mut self, unit: &UnitLayout, start: usize, gradient: &[f32], update: &Update<'_>) {
-        let step =
-            |decay| update.optimizer.step(update.learning_rate, decay, update.step, update.gradient_scale);
+        let step = |decay| {
+            let step =
+                update.optimizer.step(update.learning_rate, decay, update.update, update.gradient_scale);
+            step.expect("the recipe is one of the optimizer's")
+        };
         let (plain, decaying) = (step(0.0), step(update.weight_decay));
         let recipe = self.recipe;
         let mut outcome = Outcome::Updated;
@@ -78,7 +71,7 @@ impl<'a> TileState<'a> {
             let (first, end) = (range.start - start, range.end - start);
             let step = if parameter.role.decays() { &decaying } else { &plain };
             let gradient = Gradient::F32(&gradient[first..end]);
-            let origin = origin(update.seed, parameter, update.step, range.start);
+            let origin = origin(update.seed, parameter, update.update, range.start);
             let found = recipe
                 .apply(update.isa, step, self.part(first, end), gradient, origin)
                 .expect("all slices are cut to the same range, and the step is one of the layout's recipe");
@@ -96,7 +89,7 @@ impl<'a> TileState<'a> {
 }
 
 /// What tells the roundings of a parameter's elements, from `first` of its unit on, in this step from all others.
-fn origin(seed: u64, parameter: &Parameter, step: u64, first: usize) -> Origin {
+pub(super) fn origin(seed: u64, parameter: &Parameter, step: u64, first: usize) -> Origin {
     let element = (first - parameter.range.start) as u64;
     Origin { seed, parameter: parameter.number, step, element }
 }
@@ -112,6 +105,17 @@ pub(crate) fn widen(format: WeightFormat, stored: &[u8], out: &mut [f32]) {
         WeightFormat::Bf16WithRemainder | WeightFormat::Bf16Stochastic => widen_bf16(stored, out),
     };
     widened.expect("there is room for all of them");
+}
+
+/// Weights from `start` to `end` as they are stored, for a call.
+pub(super) fn stored(format: WeightFormat, weights: &mut [u8], start: usize, end: usize) -> Weights<'_> {
+    match format {
+        WeightFormat::F32 => Weights::F32(&mut floats_mut(weights)[start..end]),
+        WeightFormat::F16WithMaster => Weights::F16(&mut halves_mut(weights)[start..end]),
+        WeightFormat::Bf16WithRemainder | WeightFormat::Bf16Stochastic => {
+            Weights::Bf16(&mut halves_mut(weights)[start..end])
+        }
+    }
 }
 
 /// Whether exact weights take more than the stored ones say.

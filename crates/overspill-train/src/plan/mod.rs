@@ -59,7 +59,9 @@ impl StepShape {
 pub struct MemoryPlan {
     depth: usize,
     tile_elements: usize,
-    /// Bytes of the record of a whole tile.
+    /// Elements of the longest piece: a tile, or a parameter that is updated as a whole.
+    piece_elements: usize,
+    /// Bytes of the longest record of a piece.
     record_bytes: usize,
     accumulate: usize,
     layers: usize,
@@ -164,7 +166,7 @@ pub(crate) fn has_tiles_of(layout: &ModelLayout, tile_bytes: usize) -> bool {
         .is_some()
 }
 
-/// What the store and the home take of the heap for a tile of weights, gradient and moments: names, extents, handles,
+/// What the store and the home take of the heap for a piece of weights, gradient and moments: names, extents, handles,
 /// what the update makes of them, and the manifest while it is written. A saved input takes no more. A test compares it
 /// with what the allocator sees.
 pub const TILE_RECORD_BYTES: usize = 5 << 9;
@@ -253,13 +255,16 @@ impl MemoryPlan {
         let between_layers = 2 * shape.accumulate * input_elements * size_of::<f32>();
         // The heap keeps some pages of what was dropped in a layer until the layer is done.
         let workspace = Model::workspace_bytes(config, shape.batch);
+        // They take turns: nothing is updated before all gradients are there.
+        let workspace = workspace.max(layout.update_workspace_bytes());
         let ids = 2 * shape.tokens() * size_of::<u32>();
         // Sine and cosine of the rotary embedding.
         let turns = shape.batch.seq * config.head_dim * size_of::<f32>();
         let mut plan = Self {
             depth,
             tile_elements: tile_elements.min(longest),
-            record_bytes: layout.record_bytes(tile_elements.min(longest)),
+            piece_elements: layout.longest_piece(tile_elements),
+            record_bytes: layout.longest_record_bytes(tile_elements),
             accumulate: shape.accumulate,
             layers: config.layers,
             input_elements,
@@ -268,8 +273,8 @@ impl MemoryPlan {
             kept_bytes: 0,
             compute_bytes: workspace + workspace / 4 + between_layers + held_bytes + ids + turns,
         };
-        let tiles = layout.units().iter().map(|unit| unit.padded.div_ceil(plan.tile_elements)).sum::<usize>();
-        let records = tiles + plan.saved_inputs() + layout.units().len() * UNIT_TILES;
+        let pieces = layout.units().iter().map(|unit| unit.piece_count(plan.tile_elements)).sum::<usize>();
+        let records = pieces + plan.saved_inputs() + layout.units().len() * UNIT_TILES;
         plan.compute_bytes += records * TILE_RECORD_BYTES;
         plan.holders = plan.holders(config, layout);
         plan.keeping = Keeping::nothing(layout.units().len(), plan.saved_inputs());
@@ -307,11 +312,11 @@ impl MemoryPlan {
             holder("embedding", bytes(Unit::Embedding), 2),
             // One being saved or used, and those being fetched.
             holder("saved input", self.input_bytes(), 2 + self.look_ahead()),
-            holder("tile of weights", self.tile_elements * layout.weight_bytes(), items),
-            holder("tile of gradients", self.tile_bytes(), items),
+            holder("piece of weights", self.piece_weights_bytes(layout), items),
+            holder("piece of gradients", self.piece_gradient_bytes(), items),
         ];
         if self.record_bytes > 0 {
-            holders.push(holder("tile of moments", self.record_bytes, items));
+            holders.push(holder("piece of moments", self.record_bytes, items));
         }
         // An untied head is as long as the embedding and takes turns with it; a tied one is held beside it.
         if config.tied {
@@ -401,7 +406,17 @@ impl MemoryPlan {
         self.tile_elements * size_of::<f32>()
     }
 
-    /// Bytes of the record of a whole tile; 0 when the recipe has none.
+    /// Bytes of the blocks that hold a piece of weights as they are stored.
+    pub fn piece_weights_bytes(&self, layout: &ModelLayout) -> usize {
+        self.piece_elements * layout.weight_bytes()
+    }
+
+    /// Bytes of the blocks that hold a piece of gradients, or of exact weights.
+    pub fn piece_gradient_bytes(&self) -> usize {
+        self.piece_elements * size_of::<f32>()
+    }
+
+    /// Bytes of the longest record of a piece; 0 when the recipe has none.
     pub fn record_bytes(&self) -> usize {
         self.record_bytes
     }

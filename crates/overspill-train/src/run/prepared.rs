@@ -49,7 +49,7 @@ impl Prepared {
                 (checkpoint.config().clone(), Tokenizer::open(folder)?, Some(checkpoint))
             }
         };
-        let recipe = options.optimizer.recipe(options.weights, options.moments);
+        let recipe = options.optimizer.recipe(options.weights, options.moments)?;
         let layout = ModelLayout::of(&config, recipe);
         if let Some(out) = &options.out {
             CheckpointWriter::check_destination(out)?;
@@ -98,7 +98,14 @@ impl Prepared {
         // Whoever takes the state out may be somewhere else then.
         let tokenizer = self.tokenizer.folder().map(config::absolute);
         let start = if self.checkpoint.is_some() { "a folder's weights" } else { "fresh weights" };
-        Identity::default()
+        let identity = match options.loss_scaler() {
+            Some(scaler) => {
+                let what = "the loss scale (--loss-scale-init, --loss-scale-growth)";
+                Identity::default().with(what, &format!("{scaler:?}"))
+            }
+            None => Identity::default(),
+        };
+        identity
             .with("the model", &format!("{:?}", self.config))
             .with("--model", &start)
             .with("the text", &digest)

@@ -115,7 +115,7 @@ pub fn export(
     let layout = layout_of(home, &manifest.meta)?;
     let tile_bytes = tile_bytes(home, &manifest.meta, &layout)?;
 
-    let ahead = tiles_in_motion(tile_bytes);
+    let ahead = tiles_in_motion(&layout, tile_bytes);
     // One of weights waits for its record.
     let pool = Pool::new(&classes(&layout, tile_bytes, ahead + 1))?;
     let volumes = reading::volumes(&homes, options.backend, &pool)?;
@@ -128,7 +128,7 @@ pub fn export(
     let origin = ModelOrigin::of(home, meta)?;
     let step = Identity::step(meta).ok_or_else(|| not_a_state(home, "it does not say its step"))?;
     let layout = layout_of(home, meta)?;
-    let kinds = options.form.kinds(layout.recipe().weights());
+    let kinds = options.form.kinds(layout.weight_format());
     check_tiles(&view, &layout, tile_bytes, kinds)?;
 
     let mut folder = Folder::begin(options, &origin, meta, &layout)?;
@@ -156,7 +156,7 @@ pub fn export(
         snapshot: options.snapshot.clone(),
         out: options.out.clone(),
         form: options.form.name(),
-        dtype: options.form.dtype(layout.recipe().weights()),
+        dtype: options.form.dtype(layout.weight_format()),
         step,
         generation: view.generation(),
         parameters: layout.numel() as u64,
@@ -201,7 +201,8 @@ fn not_a_state(path: &Path, reason: impl Into<String>) -> TrainError {
 /// The layout of the state that was committed with `meta`.
 fn layout_of(home: &Path, meta: &serde_json::Value) -> Result<ModelLayout, TrainError> {
     let config = ModelOrigin::of(home, meta)?.shape(home)?;
-    let recipe = Identity::recipe(meta).ok_or_else(|| not_a_state(home, "its recipe is not known here"))?;
+    let recipe =
+        Identity::state_recipe(meta).ok_or_else(|| not_a_state(home, "its recipe is not known here"))?;
     Ok(ModelLayout::of(&config, recipe))
 }
 

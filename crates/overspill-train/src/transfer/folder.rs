@@ -75,7 +75,7 @@ impl<'a> Folder<'a> {
         {
             return Err(TrainError::TokenizerGone { folder: folder.to_owned() });
         }
-        let (out, config, format) = (&options.out, &origin.config, layout.recipe().weights());
+        let (out, config, format) = (&options.out, &origin.config, layout.weight_format());
         let writer = match options.form {
             Form::Weights(precision) => {
                 Writer::Weights(CheckpointWriter::create_as(out, config, layout, tokenizer, precision)?)
@@ -106,7 +106,7 @@ impl<'a> Folder<'a> {
                     }
                 }
             }
-            Writer::Weights(writer) => match (tile.kind, self.layout.recipe().weights()) {
+            Writer::Weights(writer) => match (tile.kind, self.layout.weight_format()) {
                 (TileKind::Weights, _) if self.joins => {}
                 (TileKind::Weights, WeightFormat::F32) => {
                     writer.write_part(tile.unit, tile.start, floats(&block))?;

@@ -100,7 +100,7 @@ pub fn import(
     announce(need);
     volumes.check(capacity)?;
 
-    let ahead = tiles_in_motion(tile_bytes);
+    let ahead = tiles_in_motion(&layout, tile_bytes);
     let pool = Pool::new(&classes(&layout, tile_bytes, ahead))?;
     let Opened { volumes, .. } = volumes.open(&storage, &pool)?;
     let store = Store::create_over(&volumes, options.durability, capacity)?;

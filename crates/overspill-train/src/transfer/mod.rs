@@ -34,10 +34,12 @@ mod source;
 mod tests;
 
 use overspill_io::{Block, BlockClass, Pool, PoolError};
+use overspill_optim::RecordLayout;
 
 pub use self::export::{ExportOptions, Exported, Form, export};
 pub use self::import::{ImportOptions, Imported, import};
 use crate::layout::{ModelLayout, UnitLayout};
+use crate::piece::{Piece, PieceRule};
 
 /// Hears how far a transfer is: bytes of the state that are done, and of all.
 pub type Progress<'a> = dyn FnMut(u64, u64) + 'a;
@@ -59,8 +61,17 @@ struct Tile<'a> {
     start: usize,
     elements: usize,
     kind: TileKind,
+    /// How its elements are recorded.
+    rule: PieceRule,
     /// Its length in the store.
     bytes: usize,
+}
+
+impl Tile<'_> {
+    /// The record of its elements.
+    fn record(&self) -> RecordLayout {
+        Piece { range: self.start..self.start + self.elements, rule: self.rule }.record()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,15 +91,15 @@ fn tiles_of<'a>(
     tile_bytes: usize,
     kinds: &'a [TileKind],
 ) -> impl Iterator<Item = Tile<'a>> {
-    let tile_elements = tile_bytes / size_of::<f32>();
-    (0..unit.padded).step_by(tile_elements).enumerate().flat_map(move |(index, start)| {
-        let elements = tile_elements.min(unit.padded - start);
+    unit.pieces(tile_bytes / size_of::<f32>()).enumerate().flat_map(move |(index, piece)| {
+        let (start, elements, rule) = (piece.range.start, piece.elements(), piece.rule);
+        let record_bytes = piece.record_bytes();
         let tile = move |&kind| {
             let bytes = match kind {
                 TileKind::Weights => elements * layout.weight_bytes(),
-                TileKind::Moments => layout.record_bytes(elements),
+                TileKind::Moments => record_bytes,
             };
-            Tile { unit, index, start, elements, kind, bytes }
+            Tile { unit, index, start, elements, kind, rule, bytes }
         };
         kinds.iter().map(tile).filter(|tile| tile.bytes > 0)
     })
@@ -113,15 +124,17 @@ fn lease(pool: &Pool, tile: Tile<'_>) -> Result<Block, PoolError> {
 }
 
 /// Tiles of each kind that may be in motion at a time.
-fn tiles_in_motion(tile_bytes: usize) -> usize {
-    (POOL_BYTES / (3 * tile_bytes)).clamp(TILES_MIN, TILES_MAX)
+fn tiles_in_motion(layout: &ModelLayout, tile_bytes: usize) -> usize {
+    let longest = layout.longest_piece(tile_bytes / size_of::<f32>()) * size_of::<f32>();
+    (POOL_BYTES / (3 * longest.max(1))).clamp(TILES_MIN, TILES_MAX)
 }
 
 /// Blocks for so many tiles of each kind.
 fn classes(layout: &ModelLayout, tile_bytes: usize, count: usize) -> Vec<BlockClass> {
-    let elements = tile_bytes / size_of::<f32>();
+    let tile_elements = tile_bytes / size_of::<f32>();
+    let elements = layout.longest_piece(tile_elements);
     let class = |name, block_bytes, count| BlockClass { name, block_bytes, count };
-    match (elements * layout.weight_bytes(), layout.record_bytes(elements)) {
+    match (elements * layout.weight_bytes(), layout.longest_record_bytes(tile_elements)) {
         (weights, 0) => vec![class("tile of weights", weights, count)],
         (weights, moments) if weights == moments => vec![class("tile", weights, 2 * count)],
         (weights, moments) => {

@@ -15,7 +15,8 @@ use safetensors::Dtype;
 
 use super::{Tile, TileKind};
 use crate::checkpoint::{Naming, TensorPlan};
-use crate::layout::{ModelLayout, Parameter};
+use crate::layout::{ModelLayout, Parameter, UnitLayout};
+use crate::piece;
 
 /// What a record calls the lower halves of the masters, and what the folder and other records call the masters.
 const REMAINDER: &str = "remainder";
@@ -90,10 +91,12 @@ impl Piece<'_> {
 
 /// All tensors of a state.
 pub(super) fn tensors(layout: &ModelLayout, naming: Naming) -> Vec<TensorPlan> {
-    let weights = weight_dtype(layout.recipe().weights()).0;
-    let parameters = layout.units().iter().flat_map(|unit| &unit.parameters);
-    let tensors = parameters.flat_map(|p| tensors_of(p, weights, &record_of(layout, p), naming));
-    tensors.collect()
+    let weights = weight_dtype(layout.weight_format()).0;
+    let of_unit = |unit: &'_ UnitLayout| {
+        let of = |p| tensors_of(p, weights, &record_of(unit, p), naming);
+        unit.parameters.iter().flat_map(of).collect::<Vec<_>>()
+    };
+    layout.units().iter().flat_map(of_unit).collect()
 }
 
 /// Those of a parameter, whose weights are of this dtype, by the record that it would have alone.
@@ -118,8 +121,8 @@ fn tensors_of(
 }
 
 /// The record of a parameter that is alone in its tile.
-fn record_of(layout: &ModelLayout, parameter: &Parameter) -> RecordLayout {
-    layout.record(parameter.range.len())
+fn record_of(unit: &UnitLayout, parameter: &Parameter) -> RecordLayout {
+    piece::Piece { range: parameter.range.clone(), rule: unit.rule_of(parameter) }.record()
 }
 
 /// Of stored weights, also in torch's words.
@@ -151,9 +154,9 @@ struct Record {
 }
 
 /// The records of a tile: one of all its elements.
-fn records(layout: &ModelLayout, tile: Tile<'_>) -> impl Iterator<Item = Record> {
+fn records(tile: Tile<'_>) -> impl Iterator<Item = Record> {
     let elements = tile.start..tile.start + tile.elements;
-    std::iter::once(Record { layout: layout.record(tile.elements), elements, at: 0 })
+    std::iter::once(Record { layout: tile.record(), elements, at: 0 })
 }
 
 /// The pieces of a tile; padding belongs to none.
@@ -164,7 +167,7 @@ pub(super) fn pieces<'a>(layout: &ModelLayout, tile: Tile<'a>) -> Vec<Piece<'a>>
             let elements = tile.start..tile.start + tile.elements;
             cut(tile, Array::Weights, &elements, 0, (cell_bytes, 1)).collect()
         }
-        TileKind::Moments => records(layout, tile)
+        TileKind::Moments => records(tile)
             .flat_map(|record| {
                 let column = |field: &Field| {
                     let (at, cell) = (record.at + field.start, (field.cell_bytes, field.cell_elements));
@@ -198,46 +201,4 @@ fn cut<'a>(
             start: start as u64,
         }
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use overspill_optim::{Shape, WholeRecipe, WholeRule};
-
-    use super::*;
-    use crate::layout::{Role, Unit, UnitLayout};
-
-    #[test]
-    fn a_record_of_a_whole_parameter_has_its_rows_and_columns_as_tensors() {
-        let (rows, columns) = (48, 80);
-        let name = "model.layers.0.mlp.up_proj.weight".to_owned();
-        let range = 0..rows * columns;
-        let parameter = Parameter { number: 0, name, shape: vec![rows, columns], range, role: Role::Matrix };
-        let unit = UnitLayout { unit: Unit::Layer(0), parameters: vec![parameter], padded: 4096 };
-        let format = WeightFormat::Bf16WithRemainder;
-        let recipe = WholeRecipe::new(WholeRule::Adafactor, format, Shape::matrix(rows, columns)).unwrap();
-        let record = recipe.layout().unwrap();
-
-        let parameter = &unit.parameters[0];
-        let tensors = tensors_of(parameter, Dtype::BF16, &record, Naming::ParameterFirst);
-        let shapes: Vec<_> =
-            tensors.iter().map(|tensor| (&tensor.name[tensor.name.len() - 7..], &*tensor.shape)).collect();
-        let whole: &[usize] = &[rows, columns];
-        assert_eq!(
-            shapes,
-            [(".weight", whole), (".master", whole), ("row_var", &[rows]), ("col_var", &[columns])]
-        );
-
-        let tile =
-            Tile { unit: &unit, index: 0, start: 0, elements: 4096, kind: TileKind::Moments, bytes: 16384 };
-        for (tensor, field) in tensors[1..].iter().zip(record.fields()) {
-            let (at, cell) = (100 + field.start, (field.cell_bytes, field.cell_elements));
-            let [piece] = <[_; 1]>::try_from(
-                cut(tile, Array::of(field), &(0..rows * columns), at, cell).collect::<Vec<_>>(),
-            )
-            .unwrap();
-            assert_eq!(piece.tensor(Naming::ParameterFirst), tensor.name);
-            assert_eq!((piece.start, piece.bytes), (0, at..at + field.cells * field.cell_bytes));
-        }
-    }
 }

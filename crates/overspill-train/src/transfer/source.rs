@@ -121,8 +121,8 @@ impl State {
         let path = StateFolder::path(from);
         let mut layout = None;
         let folder = StateFolder::open(from, |meta, config, naming| {
-            let recipe = Identity::recipe(meta).ok_or("its recipe is not known here")?;
-            if naming == Naming::ArrayFirst && recipe != single_precision_adamw() {
+            let recipe = Identity::state_recipe(meta).ok_or("its recipe is not known here")?;
+            if naming == Naming::ArrayFirst && recipe != single_precision_adamw().into() {
                 return Err("before version 3 there were states of adamw in single precision only".to_owned());
             }
             Ok(pieces::tensors(layout.insert(ModelLayout::of(config, recipe)), naming))
@@ -159,7 +159,7 @@ impl State {
                 self.folder.read(&piece.tensor(self.folder.naming()), piece.start, bytes)?;
             }
         }
-        if tile.kind == TileKind::Weights && layout.recipe().weights() == WeightFormat::Bf16WithRemainder {
+        if tile.kind == TileKind::Weights && layout.weight_format() == WeightFormat::Bf16WithRemainder {
             self.weights.clear();
             self.weights.extend_from_slice(bytemuck::cast_slice(out));
         }

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use overspill_io::BackendChoice;
-use overspill_optim::{MomentFormat, SgdConfig, WeightFormat, split_remainders};
+use overspill_optim::{
+    AdafactorConfig, AdamWConfig, MomentFormat, MuonConfig, SgdConfig, WeightFormat, split_remainders,
+};
 use overspill_swap::Durability;
 use safetensors::Dtype;
 use serde_json::json;
@@ -32,17 +34,23 @@ const MOMENTS: [MomentFormat; 3] = [MomentFormat::F32, MomentFormat::Bf16, Momen
 
 fn layout(optimizer: Optimizer, weights: WeightFormat, moments: MomentFormat) -> ModelLayout {
     let config = ModelConfig::from_json(CONFIG, Path::new("config.json")).unwrap();
-    ModelLayout::of(&config, optimizer.recipe(weights, moments))
+    ModelLayout::of(&config, optimizer.recipe(weights, moments).unwrap())
+}
+
+/// Those that keep their moments in single precision only.
+fn wholes() -> [Optimizer; 2] {
+    let muon = Optimizer::Muon { muon: MuonConfig::default(), adamw: AdamWConfig::default() };
+    [Optimizer::Adafactor(AdafactorConfig::default()), muon]
 }
 
 #[test]
 fn the_pieces_of_all_tiles_are_the_tensors_from_their_first_byte_to_their_last() {
     let sgd = |momentum| Optimizer::Sgd(SgdConfig { momentum, ..SgdConfig::default() });
-    for optimizer in [Optimizer::default(), sgd(0.0), sgd(0.9)] {
+    let [adafactor, muon] = wholes();
+    for optimizer in [Optimizer::default(), sgd(0.0), sgd(0.9), adafactor, muon] {
         for weights in WEIGHTS {
-            for (moments, tile_bytes) in
-                MOMENTS.into_iter().flat_map(|m| [1 << 14, 1 << 16, 1 << 22].map(|b| (m, b)))
-            {
+            let moments = MOMENTS.into_iter().filter(|moments| optimizer.recipe(weights, *moments).is_ok());
+            for (moments, tile_bytes) in moments.flat_map(|m| [1 << 14, 1 << 16, 1 << 22].map(|b| (m, b))) {
                 let layout = layout(optimizer, weights, moments);
                 let mut found = BTreeMap::new();
                 for tile in tiles(&layout, tile_bytes, BOTH_KINDS) {
@@ -128,7 +136,7 @@ fn noise(tensor: &TensorPlan, dtype: Dtype) -> Vec<u8> {
 /// A folder of a state of made-up bytes, in which stored weights are what exact ones round to; `spoil` may change them.
 fn made_up(out: &Path, layout: &ModelLayout, tile_bytes: usize, spoil: impl Fn(&str, &mut Vec<u16>)) {
     let fields = config::fields(CONFIG, Path::new("config.json")).unwrap();
-    let recipe = layout.recipe();
+    let recipe = layout.state_recipe();
     let meta = json!({ "step": 0, "tile_bytes": tile_bytes, "recipe": Names::of(recipe).to_json(), "run": null,
         "config": fields, "tokenizer": null });
     let plans = tensors(layout, Naming::ParameterFirst);
@@ -163,24 +171,50 @@ fn imported(from: &Path, disk: &Path) -> Result<(), TrainError> {
 fn a_state_of_any_recipe_comes_back_bit_by_bit() {
     for (number, weights) in WEIGHTS.into_iter().enumerate() {
         for (moments, tile_bytes) in MOMENTS.into_iter().zip([1 << 16, 1 << 17, 1 << 16]) {
-            let root = tempfile::tempdir().unwrap();
-            let [state, disk, back] = ["state", "disk", "back"].map(|name| root.path().join(name));
-            std::fs::create_dir(&disk).unwrap();
-            made_up(&state, &layout(Optimizer::default(), weights, moments), tile_bytes, |_, _| {});
-            imported(&state, &disk).unwrap();
-            let options = ExportOptions {
-                form: Form::State,
-                backend: BackendChoice::Threads,
-                ..ExportOptions::new(disk, back.clone())
-            };
-            let exported = export(&options, &AtomicBool::new(false), &mut |_, _| {}).unwrap();
-            assert_eq!(exported.dtype, ["float32", "bfloat16", "float16", "bfloat16"][number]);
-            for name in ["state.json", "state.safetensors", "config.json"] {
-                let [there, back] = [&state, &back].map(|folder| std::fs::read(folder.join(name)).unwrap());
-                assert!(there == back, "{name} of {weights:?} {moments:?}");
-            }
+            let dtype = ["float32", "bfloat16", "float16", "bfloat16"][number];
+            goes_and_comes_back(&layout(Optimizer::default(), weights, moments), tile_bytes, dtype);
+        }
+        for optimizer in wholes() {
+            let dtype = ["float32", "bfloat16", "float16", "bfloat16"][number];
+            goes_and_comes_back(&layout(optimizer, weights, MomentFormat::F32), 1 << 16, dtype);
         }
     }
+}
+
+fn goes_and_comes_back(layout: &ModelLayout, tile_bytes: usize, dtype: &str) {
+    let root = tempfile::tempdir().unwrap();
+    let [state, disk, back] = ["state", "disk", "back"].map(|name| root.path().join(name));
+    std::fs::create_dir(&disk).unwrap();
+    made_up(&state, layout, tile_bytes, |_, _| {});
+    imported(&state, &disk).unwrap();
+    let options = ExportOptions {
+        form: Form::State,
+        backend: BackendChoice::Threads,
+        ..ExportOptions::new(disk, back.clone())
+    };
+    let exported = export(&options, &AtomicBool::new(false), &mut |_, _| {}).unwrap();
+    assert_eq!(exported.dtype, dtype);
+    for name in ["state.json", "state.safetensors", "config.json"] {
+        let [there, back] = [&state, &back].map(|folder| std::fs::read(folder.join(name)).unwrap());
+        assert!(there == back, "{name} of {:?}", layout.state_recipe());
+    }
+}
+
+#[test]
+fn a_record_of_a_whole_parameter_has_its_rows_and_columns_as_tensors() {
+    let [adafactor, _] = wholes();
+    let layout = layout(adafactor, WeightFormat::Bf16WithRemainder, MomentFormat::F32);
+    let found: Vec<_> = tensors(&layout, Naming::ParameterFirst)
+        .into_iter()
+        .filter_map(|t| Some((t.name.strip_prefix("lm_head.weight")?.to_owned(), t.shape, t.dtype)))
+        .collect();
+    let expected = [
+        ("", vec![301, 72], Dtype::BF16),
+        (".master", vec![301, 72], Dtype::F32),
+        (".row_var", vec![301], Dtype::F32),
+        (".col_var", vec![72], Dtype::F32),
+    ];
+    assert_eq!(found, expected.map(|(name, shape, dtype)| (name.to_owned(), shape, dtype)));
 }
 
 #[test]

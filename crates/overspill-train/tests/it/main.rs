@@ -5,4 +5,6 @@ mod checkpoint;
 mod data;
 mod model;
 mod parity;
+mod scaling;
 mod training;
+mod whole;

@@ -151,6 +151,7 @@ fn agrees_with_the_reference(arguments: &[&str]) {
             beta2: reference.betas.1,
             eps: 1e-8,
         }),
+        loss_scaler: None,
         seed: 0,
         isa: Isa::detect(),
         commit: Commit::OnDemand,

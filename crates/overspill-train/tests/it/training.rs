@@ -5,12 +5,14 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use overspill_io::{BackendChoice, Engine, EngineConfig, Pool};
-use overspill_optim::{AdagradConfig, AdamWConfig, Isa, LionConfig, MomentFormat, SgdConfig, WeightFormat};
+use overspill_optim::{
+    AdagradConfig, AdamWConfig, Isa, LionConfig, LossScalerConfig, MomentFormat, SgdConfig, WeightFormat,
+};
 use overspill_swap::{Durability, StoreError, Volume};
 use overspill_train::config::ModelConfig;
 use overspill_train::data::{Batches, Corpus, Tokenizer};
 use overspill_train::home::{GradientStart, Home, MemoryHome, Site, SwappedHome, Update};
-use overspill_train::identity::Identity;
+use overspill_train::identity::{Identity, Reached};
 use overspill_train::layout::{ModelLayout, UnitLayout};
 use overspill_train::model::BatchShape;
 use overspill_train::optimizer::Optimizer;
@@ -20,45 +22,48 @@ use overspill_train::trainer::{BatchSource, Commit, Settings, StepReport, Traine
 use overspill_train::wear::Forecast;
 use overspill_train::{Initializer, TrainError};
 
-const STEPS: u64 = 4;
-static RUNNING: AtomicBool = AtomicBool::new(false);
+pub(crate) const STEPS: u64 = 4;
+pub(crate) static RUNNING: AtomicBool = AtomicBool::new(false);
 
 /// What is trained.
-struct Case {
-    config: ModelConfig,
-    layout: ModelLayout,
-    shape: StepShape,
-    optimizer: Optimizer,
-    seed: u64,
+pub(crate) struct Case {
+    pub(crate) config: ModelConfig,
+    pub(crate) layout: ModelLayout,
+    pub(crate) shape: StepShape,
+    pub(crate) optimizer: Optimizer,
+    pub(crate) loss_scaler: Option<LossScalerConfig>,
+    pub(crate) seed: u64,
 }
 
 impl Case {
     /// A tied model in one micro-batch, whose embedding is its longest unit.
-    fn tied(seed: u64) -> Self {
+    pub(crate) fn tied(seed: u64) -> Self {
         let text = r#"{"vocab_size": 256, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
             "num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": true}"#;
         Self::new(text, StepShape { batch: BatchShape { batch: 2, seq: 24 }, accumulate: 1 }, seed)
     }
 
     /// An untied model in three micro-batches, whose layers are its longest units and whose tiles end unevenly.
-    fn untied(seed: u64) -> Self {
+    pub(crate) fn untied(seed: u64) -> Self {
         let text = r#"{"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 1, "head_dim": 24, "intermediate_size": 200}"#;
         Self::new(text, StepShape { batch: BatchShape { batch: 1, seq: 33 }, accumulate: 3 }, seed)
     }
 
-    fn new(text: &str, shape: StepShape, seed: u64) -> Self {
+    pub(crate) fn new(text: &str, shape: StepShape, seed: u64) -> Self {
         let config = ModelConfig::from_json(text, Path::new("config.json")).unwrap();
-        Self { layout: ModelLayout::new(&config), config, shape, optimizer: Optimizer::default(), seed }
+        let (layout, optimizer) = (ModelLayout::new(&config), Optimizer::default());
+        Self { layout, config, shape, optimizer, loss_scaler: None, seed }
     }
 
-    /// The same with another recipe.
-    fn with(self, optimizer: Optimizer, weights: WeightFormat, moments: MomentFormat) -> Self {
-        let layout = ModelLayout::of(&self.config, optimizer.recipe(weights, moments));
-        Self { layout, optimizer, ..self }
+    /// The same with another recipe; weights in fp16 have a loss that is scaled.
+    pub(crate) fn with(self, optimizer: Optimizer, weights: WeightFormat, moments: MomentFormat) -> Self {
+        let layout = ModelLayout::of(&self.config, optimizer.recipe(weights, moments).unwrap());
+        let scaled = weights == WeightFormat::F16WithMaster;
+        Self { layout, optimizer, loss_scaler: scaled.then(LossScalerConfig::default), ..self }
     }
 
-    fn plan(&self, depth: usize) -> MemoryPlan {
+    pub(crate) fn plan(&self, depth: usize) -> MemoryPlan {
         // The least that will do makes the shortest tiles, so that units have many.
         let error = MemoryPlan::new(&self.config, &self.layout, self.shape, Fixed::depth(Some(depth)), 0, 0)
             .unwrap_err();
@@ -67,7 +72,7 @@ impl Case {
     }
 
     /// As [`Case::plan`], with memory for so many bytes beside.
-    fn plan_with(&self, depth: usize, more: usize) -> MemoryPlan {
+    pub(crate) fn plan_with(&self, depth: usize, more: usize) -> MemoryPlan {
         let least = self.plan(depth);
         let tile_bytes = Some(least.tile_bytes());
         let fixed = Fixed { depth: Some(depth), tile_bytes, resident_bytes_max: None };
@@ -75,15 +80,19 @@ impl Case {
         MemoryPlan::new(&self.config, &self.layout, self.shape, fixed, 0, budget).unwrap()
     }
 
-    fn trainer<H: Home>(&self, home: H) -> Trainer<H, Batches> {
-        // A gradient is shorter than the step that Adam makes of it.
-        let peak = if let Optimizer::Sgd(_) = self.optimizer { 0.3 } else { 3e-3 };
+    pub(crate) fn trainer<H: Home>(&self, home: H) -> Trainer<H, Batches> {
+        // A gradient is shorter than the step that Adam makes of it, and Adafactor's is relative to the weights.
+        let peak = match self.optimizer {
+            Optimizer::Sgd(_) | Optimizer::Adafactor(_) => 0.3,
+            _ => 3e-3,
+        };
         let settings = Settings {
             shape: self.shape,
             schedule: Schedule { peak, warmup: 2, steps: STEPS },
             weight_decay: 0.1,
             clip: Some(0.8),
             optimizer: self.optimizer,
+            loss_scaler: self.loss_scaler,
             seed: self.seed,
             isa: Isa::detect(),
             commit: Commit::OnDemand,
@@ -93,7 +102,7 @@ impl Case {
         Trainer::new(&self.config, &self.layout, settings, home, batches)
     }
 
-    fn in_memory(&self) -> Trained {
+    pub(crate) fn in_memory(&self) -> Trained {
         let first = Initializer::new(&self.config, &self.layout, self.seed);
         let home = MemoryHome::new(&self.layout, &mut drawn(&first)).unwrap();
         Trained::by(self.trainer(home))
@@ -101,7 +110,7 @@ impl Case {
 }
 
 /// First weights that are drawn.
-fn drawn(first: &Initializer) -> impl FnMut(&UnitLayout, &mut [f32]) -> Result<(), TrainError> {
+pub(crate) fn drawn(first: &Initializer) -> impl FnMut(&UnitLayout, &mut [f32]) -> Result<(), TrainError> {
     |unit, weights| {
         first.fill(unit, weights);
         Ok(())
@@ -110,30 +119,30 @@ fn drawn(first: &Initializer) -> impl FnMut(&UnitLayout, &mut [f32]) -> Result<(
 
 /// What came out: losses and weights, as bits; those that the model computes with, and the exact ones.
 #[derive(PartialEq, Eq)]
-struct Trained {
-    losses: Vec<u64>,
-    norms: Vec<u64>,
-    weights: Vec<u32>,
-    masters: Vec<u32>,
+pub(crate) struct Trained {
+    pub(crate) losses: Vec<u64>,
+    pub(crate) norms: Vec<u64>,
+    pub(crate) weights: Vec<u32>,
+    pub(crate) masters: Vec<u32>,
 }
 
 impl Trained {
-    fn by<H: Home>(mut trainer: Trainer<H, Batches>) -> Self {
+    pub(crate) fn by<H: Home>(mut trainer: Trainer<H, Batches>) -> Self {
         let reports = Self::steps(&mut trainer);
         Self::of(&reports, trainer)
     }
 
     /// Whether a later batch was easier than the first; a single one may be harder.
-    fn learned(&self) -> bool {
+    pub(crate) fn learned(&self) -> bool {
         let losses: Vec<f64> = self.losses.iter().map(|bits| f64::from_bits(*bits)).collect();
         losses[1..].iter().any(|later| *later < losses[0])
     }
 
-    fn steps<H: Home>(trainer: &mut Trainer<H, Batches>) -> Vec<StepReport> {
+    pub(crate) fn steps<H: Home>(trainer: &mut Trainer<H, Batches>) -> Vec<StepReport> {
         (0..STEPS).map(|_| trainer.step(&RUNNING).unwrap()).collect()
     }
 
-    fn of<H: Home>(reports: &[StepReport], mut trainer: Trainer<H, Batches>) -> Self {
+    pub(crate) fn of<H: Home, B: BatchSource>(reports: &[StepReport], mut trainer: Trainer<H, B>) -> Self {
         let mut weights = Vec::new();
         trainer
             .weights(|unit, values| {
@@ -163,14 +172,14 @@ impl Trained {
 }
 
 /// A swapped run's surroundings; fields are dropped from top to bottom.
-struct Storage {
-    trainer: Trainer<SwappedHome, Batches>,
-    pool: Pool,
-    folder: tempfile::TempDir,
+pub(crate) struct Storage {
+    pub(crate) trainer: Trainer<SwappedHome, Batches>,
+    pub(crate) pool: Pool,
+    pub(crate) folder: tempfile::TempDir,
 }
 
 impl Storage {
-    fn new(case: &Case, depth: usize, backend: BackendChoice) -> Self {
+    pub(crate) fn new(case: &Case, depth: usize, backend: BackendChoice) -> Self {
         Self::over(case, depth, &[(1, &[backend])])
     }
 
@@ -179,7 +188,7 @@ impl Storage {
         Self::planned(case, &case.plan(depth), volumes)
     }
 
-    fn planned(case: &Case, plan: &MemoryPlan, volumes: &[(u32, &[BackendChoice])]) -> Self {
+    pub(crate) fn planned(case: &Case, plan: &MemoryPlan, volumes: &[(u32, &[BackendChoice])]) -> Self {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let pool = Pool::new(&plan.classes()).unwrap();
         let engine = |backend: &BackendChoice| {
@@ -319,40 +328,42 @@ fn formats() -> impl Iterator<Item = (WeightFormat, MomentFormat)> {
     weights.into_iter().flat_map(move |weights| moments.map(|moments| (weights, moments)))
 }
 
+/// Trains on storage with nothing, a part, and everything in memory for good; returns the reference.
+pub(crate) fn equals_in_memory(case: &Case) -> Trained {
+    let reference = case.in_memory();
+    let recipe = case.layout.state_recipe();
+    assert!(reference.learned(), "{recipe:?} learns");
+    let rounds = matches!(recipe.weights(), WeightFormat::Bf16WithRemainder | WeightFormat::F16WithMaster);
+    assert_eq!(reference.masters != reference.weights, rounds, "{recipe:?}");
+    let inputs = case.plan(0).saved_inputs() * case.plan(0).input_bytes();
+    let state = case.layout.state_bytes(case.plan(0).tile_elements()) + inputs;
+    for depth in [0, 2] {
+        let mut moved = Vec::new();
+        // Of the room, an eighth is left alone.
+        for quarters in [0, 2, 5] {
+            let plan = case.plan_with(depth, state * quarters / 4 * 8 / 7 + 64);
+            let mut storage = Storage::planned(case, &plan, &[(1, &[BackendChoice::Auto])]);
+            let initially = storage.trainer.home().io().unwrap();
+            let reports = Trained::steps(&mut storage.trainer);
+            storage.trainer.home().settle().unwrap();
+            let io = storage.trainer.home().io().unwrap().since(&initially);
+            moved.push(io.bytes_read + io.bytes_written);
+            let step = Forecast::new(&case.config, &case.layout, &plan, Durability::None).step_bytes;
+            assert_eq!(io.bytes_written, STEPS * step, "{recipe:?}");
+            let trained = Trained::of(&reports, storage.trainer);
+            assert!(trained == reference, "{recipe:?}, {quarters} quarters, depth {depth}");
+            assert_eq!(storage.pool.leased_blocks(), 0);
+        }
+        assert!(moved[1] < moved[0] && moved[2] == 0, "{recipe:?}: {moved:?}");
+    }
+    reference
+}
+
 fn every_recipe_equals_in_memory(case: fn(u64) -> Case) {
     for optimizer in optimizers() {
         let mut losses = Vec::new();
         for (weights, moments) in formats() {
-            let case = case(7).with(optimizer, weights, moments);
-            let reference = case.in_memory();
-            assert!(reference.learned(), "{:?} learns", case.layout.recipe());
-            let rounds = weights == WeightFormat::Bf16WithRemainder;
-            assert_eq!(reference.masters != reference.weights, rounds, "{:?}", case.layout.recipe());
-            let inputs = case.plan(0).saved_inputs() * case.plan(0).input_bytes();
-            let state = case.layout.state_bytes(case.plan(0).tile_elements()) + inputs;
-            for depth in [0, 2] {
-                let mut moved = Vec::new();
-                // Of the room, an eighth is left alone.
-                for quarters in [0, 2, 5] {
-                    let plan = case.plan_with(depth, state * quarters / 4 * 8 / 7 + 64);
-                    let mut storage = Storage::planned(&case, &plan, &[(1, &[BackendChoice::Auto])]);
-                    let initially = storage.trainer.home().io().unwrap();
-                    let reports = Trained::steps(&mut storage.trainer);
-                    storage.trainer.home().settle().unwrap();
-                    let io = storage.trainer.home().io().unwrap().since(&initially);
-                    moved.push(io.bytes_read + io.bytes_written);
-                    let step = Forecast::new(&case.config, &case.layout, &plan, Durability::None).step_bytes;
-                    assert_eq!(io.bytes_written, STEPS * step, "{:?}", case.layout.recipe());
-                    assert!(
-                        Trained::of(&reports, storage.trainer) == reference,
-                        "{:?}, {quarters} quarters, depth {depth}",
-                        case.layout.recipe()
-                    );
-                    assert_eq!(storage.pool.leased_blocks(), 0);
-                }
-                assert!(moved[1] < moved[0] && moved[2] == 0, "{:?}: {moved:?}", case.layout.recipe());
-            }
-            losses.push(reference.losses);
+            losses.push(equals_in_memory(&case(7).with(optimizer, weights, moments)).losses);
         }
         let keeps_moments = optimizer != optimizers()[2];
         let differing = losses.iter().collect::<BTreeSet<_>>().len();
@@ -422,6 +433,7 @@ fn micro_batches_add_up_to_the_batch_they_are_parts_of() {
             weight_decay: 0.0,
             clip: None,
             optimizer: case.optimizer,
+            loss_scaler: None,
             seed: 0,
             isa: Isa::detect(),
             commit: Commit::OnDemand,
@@ -442,41 +454,45 @@ fn a_resumed_run_has_the_bits_of_one_that_was_never_interrupted() {
         let case = if i.is_multiple_of(2) { Case::tied(5) } else { Case::untied(6) };
         case.with(optimizer, weights, moments)
     });
-    for case in cases {
-        let reference = case.in_memory();
-        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let plan = case.plan(1);
-        let pool = Pool::new(&plan.classes()).unwrap();
-        let engine = Engine::start(EngineConfig::default(), &pool).unwrap();
-        let volumes = [Volume { directory: folder.path().join("store"), engines: vec![engine], weight: 1 }];
-        let identity = Identity::default().with("--seed", &case.seed);
-        let site = Site { volumes: &volumes, durability: Durability::Step, identity: &identity };
-        let first = Initializer::new(&case.config, &case.layout, case.seed);
-        let home = SwappedHome::create(&case.layout, &plan, site, &pool, &mut drawn(&first)).unwrap();
-        home.keep();
-        let mut trainer = case.trainer(home);
-        let mut losses = Vec::new();
-        for step in 1..=STEPS {
-            losses.push(trainer.step(&RUNNING).unwrap().loss.to_bits());
-            trainer.home().commit(step).unwrap();
-            if step == 2 {
-                // A step that is never committed is as if it had not been.
-                let lost = trainer.step(&RUNNING).unwrap();
-                assert_eq!(lost.loss.to_bits(), reference.losses[2]);
-            }
-            drop(trainer);
-            let (home, found) = SwappedHome::open(&case.layout, &plan, site, &pool).unwrap();
-            assert_eq!(found, step);
-            trainer = case.trainer(home).after(found);
+    cases.for_each(|case| is_resumed(&case));
+}
+
+/// Ends the run after every step, goes on from what was committed, and finds the bits of one that was not ended.
+pub(crate) fn is_resumed(case: &Case) {
+    let reference = case.in_memory();
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let plan = case.plan(1);
+    let pool = Pool::new(&plan.classes()).unwrap();
+    let engine = Engine::start(EngineConfig::default(), &pool).unwrap();
+    let volumes = [Volume { directory: folder.path().join("store"), engines: vec![engine], weight: 1 }];
+    let identity = Identity::default().with("--seed", &case.seed);
+    let site = Site { volumes: &volumes, durability: Durability::Step, identity: &identity };
+    let first = Initializer::new(&case.config, &case.layout, case.seed);
+    let home = SwappedHome::create(&case.layout, &plan, site, &pool, &mut drawn(&first)).unwrap();
+    home.keep();
+    let mut trainer = case.trainer(home);
+    let mut losses = Vec::new();
+    for step in 1..=STEPS {
+        losses.push(trainer.step(&RUNNING).unwrap().loss.to_bits());
+        let reached = trainer.reached().unwrap();
+        trainer.home().commit(&reached).unwrap();
+        if step == 2 {
+            // A step that is never committed is as if it had not been.
+            let lost = trainer.step(&RUNNING).unwrap();
+            assert_eq!(lost.loss.to_bits(), reference.losses[2]);
         }
-        assert_eq!(losses, reference.losses, "{:?}", case.layout.recipe());
-        let resumed = Trained::of(&[], trainer);
-        assert!(resumed.masters == reference.masters, "{:?}", case.layout.recipe());
-        let other = Identity::default().with("--seed", &(case.seed + 1));
-        let refused =
-            SwappedHome::open(&case.layout, &plan, Site { identity: &other, ..site }, &pool).unwrap_err();
-        assert!(matches!(&refused, TrainError::OtherRun { what, .. } if what == "--seed"), "{refused}");
+        drop(trainer);
+        let (home, found) = SwappedHome::open(&case.layout, &plan, site, &pool).unwrap();
+        assert_eq!(found, reached);
+        trainer = case.trainer(home).after(&found);
     }
+    assert_eq!(losses, reference.losses, "{:?}", case.layout.state_recipe());
+    let resumed = Trained::of(&[], trainer);
+    assert!(resumed.masters == reference.masters, "{:?}", case.layout.state_recipe());
+    let other = Identity::default().with("--seed", &(case.seed + 1));
+    let refused =
+        SwappedHome::open(&case.layout, &plan, Site { identity: &other, ..site }, &pool).unwrap_err();
+    assert!(matches!(&refused, TrainError::OtherRun { what, .. } if what == "--seed"), "{refused}");
 }
 
 #[test]
@@ -518,7 +534,7 @@ fn a_lost_step_says_what_is_left_to_go_on_from() {
     let home = SwappedHome::create(&case.layout, &plan, site, &pool, &mut drawn(&first)).unwrap();
     let mut trainer = case.trainer(home);
     trainer.step(&RUNNING).unwrap();
-    trainer.home().commit(1).unwrap();
+    trainer.home().commit(&Reached { step: 1, loss_scale: None }).unwrap();
     assert_eq!(trainer.home().left(), None, "it goes with its run");
     trainer.home().keep();
     std::fs::File::options().write(true).open(path.join("data")).unwrap().set_len(0).unwrap();
@@ -576,7 +592,7 @@ fn a_gradient_that_is_no_number_never_becomes_a_state() {
         optimizer: case.optimizer,
         learning_rate: 1e-3,
         weight_decay: 0.0,
-        step: 1,
+        update: 1,
         gradient_scale: 1.0,
         seed: 0,
         isa: Isa::detect(),
