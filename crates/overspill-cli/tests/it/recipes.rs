@@ -140,7 +140,7 @@ fn exact_weights_come_out_of_remainders_and_stored_ones_as_they_are() {
 }
 
 /// Recipes that a state may be of: every optimizer, and every pair of formats.
-const RECIPES: [&[&str]; 15] = [
+const RECIPES: [&[&str]; 19] = [
     &[],
     &["--moments", "bf16"],
     &["--moments", "8bit"],
@@ -156,6 +156,10 @@ const RECIPES: [&[&str]; 15] = [
     &["--optimizer", "sgd", "--momentum", "0.9", "--moments", "8bit"],
     &["--optimizer", "adagrad", "--weights", "bf16-stochastic", "--moments", "bf16"],
     &["--optimizer", "lion", "--weights", "bf16", "--moments", "8bit"],
+    &["--weights", "fp16", "--moments", "bf16"],
+    &["--optimizer", "adafactor"],
+    &["--optimizer", "adafactor", "--weights", "bf16"],
+    &["--optimizer", "muon", "--weights", "fp16"],
 ];
 
 #[test]

@@ -387,13 +387,12 @@ fn adamw_in_single_precision_has_the_record_that_older_stores_have() {
     let plan = case.plan(1);
     let tile = plan.tile_elements();
     for unit in case.layout.units() {
-        for start in (0..unit.padded).step_by(tile) {
-            let elements = tile.min(unit.padded - start);
-            let layout = case.layout.recipe().layout(elements).unwrap();
-            let fields: Vec<_> = layout.fields().iter().map(|field| (field.name, field.bytes())).collect();
+        for piece in unit.pieces(tile) {
+            let (elements, record) = (piece.elements(), piece.record());
+            let fields: Vec<_> = record.fields().iter().map(|field| (field.name, field.bytes())).collect();
             let bytes = elements * size_of::<f32>();
             assert_eq!(fields, [("exp_avg", 0..bytes), ("exp_avg_sq", bytes..2 * bytes)]);
-            assert_eq!(case.layout.record_bytes(elements), 2 * bytes);
+            assert_eq!(piece.record_bytes(), 2 * bytes);
         }
         assert_eq!(case.layout.records_bytes(unit, tile), 2 * unit.padded_bytes());
         assert_eq!(case.layout.weights_bytes(unit), unit.padded_bytes());
