@@ -4,6 +4,7 @@ use std::any::Any;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
+use std::sync::OnceLock;
 
 use pyo3::prelude::*;
 
@@ -28,6 +29,17 @@ fn message(panic: &(dyn Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
 }
 
+/// What is called before anything is computed on all cores: the threads that do that are those of the process that was the
+/// first to need them, and a fork of it would wait for them forever.
+///
+/// # Errors
+/// [`Error::Forked`] in such a fork.
+pub(crate) fn computing_threads() -> Result<(), Error> {
+    static OWNER: OnceLock<u32> = OnceLock::new();
+    let (owner, current) = (*OWNER.get_or_init(process::id), process::id());
+    if owner == current { Ok(()) } else { Err(Error::Forked { owner, current }) }
+}
+
 /// What belongs to the process that made it: a fork has none of its threads, and must not close its files either.
 #[derive(Debug)]
 pub(crate) struct Owned<T> {
@@ -46,13 +58,6 @@ impl<T> Owned<T> {
     pub(crate) fn get(&self) -> Result<&T, Error> {
         self.check()?;
         Ok(self.value.as_ref().expect("it is there until it is dropped"))
-    }
-
-    /// # Errors
-    /// [`Error::Forked`] in any other process than the one that made it.
-    pub(crate) fn get_mut(&mut self) -> Result<&mut T, Error> {
-        self.check()?;
-        Ok(self.value.as_mut().expect("it is there until it is dropped"))
     }
 
     fn check(&self) -> Result<(), Error> {

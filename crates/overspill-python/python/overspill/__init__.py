@@ -11,8 +11,42 @@ is a ``torch.optim.Optimizer`` like any other. ``python -m overspill`` is the co
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 from overspill import errors
 from overspill._native import VERSION as __version__
 from overspill.errors import OverspillError
 
-__all__ = ["OverspillError", "__version__", "errors"]
+if TYPE_CHECKING:
+    from overspill.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Lion, Muon
+
+# What needs torch is imported when it is asked for: the command line works without.
+_MODULES = {
+    **dict.fromkeys(("SGD", "Adafactor", "Adagrad", "Adam", "AdamW", "Lion", "Muon"), "overspill.optim"),
+}
+
+__all__ = [
+    "SGD",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "Muon",
+    "OverspillError",
+    "__version__",
+    "errors",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'overspill' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

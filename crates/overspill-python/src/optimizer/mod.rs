@@ -23,7 +23,7 @@ use serde_json::Value;
 use self::coefficients::Group;
 use self::recipe::{Described, Formats};
 use self::swapped::{Entry, Options, Shown, Swapped};
-use crate::border::{Owned, outside};
+use crate::border::{Owned, computing_threads, outside};
 use crate::error::Error;
 use crate::tensor::Tensor;
 
@@ -31,8 +31,9 @@ use crate::tensor::Tensor;
 #[pyclass(module = "overspill._native", frozen)]
 #[derive(Debug)]
 pub(crate) struct Optimizer {
-    /// `None` once it is closed.
-    swapped: Mutex<Option<Owned<Swapped>>>,
+    /// `None` once it is closed. Whose it is, is asked before the lock, which another thread may have had when the process
+    /// was forked.
+    swapped: Owned<Mutex<Option<Swapped>>>,
 }
 
 /// `(parameter, group, step, weight, gradient)`.
@@ -73,7 +74,11 @@ impl Optimizer {
             depth,
             tile_bytes,
         };
-        outside(py, || Swapped::create(parameters, options)).map(Self::over)
+        outside(py, || {
+            computing_threads()?;
+            Swapped::create(parameters, options)
+        })
+        .map(Self::over)
     }
 
     #[staticmethod]
@@ -108,7 +113,11 @@ impl Optimizer {
             tile_bytes: None,
         };
         let mut weights = tensors(&weights)?;
-        outside(py, || Swapped::open(parameters, &mut weights, options)).map(Self::over)
+        outside(py, || {
+            computing_threads()?;
+            Swapped::open(parameters, &mut weights, options)
+        })
+        .map(Self::over)
     }
 
     #[staticmethod]
@@ -230,7 +239,7 @@ impl Optimizer {
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         outside(py, || {
-            let closed = self.swapped.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let closed = self.swapped.get()?.lock().unwrap_or_else(PoisonError::into_inner).take();
             drop(closed);
             Ok::<_, Error>(())
         })
@@ -239,7 +248,7 @@ impl Optimizer {
 
 impl Optimizer {
     fn over(swapped: Swapped) -> Self {
-        Self { swapped: Mutex::new(Some(Owned::new(swapped))) }
+        Self { swapped: Owned::new(Mutex::new(Some(swapped))) }
     }
 
     /// Does `work` with the GIL released, alone.
@@ -249,12 +258,12 @@ impl Optimizer {
         work: impl FnOnce(&mut Swapped) -> Result<T, Error> + Send,
     ) -> PyResult<T> {
         outside(py, || {
-            let mut swapped = self.swapped.lock().map_err(|_| {
+            let mut swapped = self.swapped.get()?.lock().map_err(|_| {
                 Error::State("an earlier call ended in a bug: make the optimizer anew".to_owned())
             })?;
             let swapped =
                 swapped.as_mut().ok_or_else(|| Error::State("the optimizer is closed".to_owned()))?;
-            work(swapped.get_mut()?)
+            work(swapped)
         })
     }
 }
@@ -264,6 +273,7 @@ impl Optimizer {
 pub(crate) fn norm(py: Python<'_>, gradients: Vec<Bound<'_, PyAny>>) -> PyResult<f64> {
     let gradients = tensors(&gradients)?;
     outside(py, || {
+        computing_threads()?;
         let isa = Isa::detect();
         let squares = gradients.iter().map(|gradient| Ok(gradient.gradient()?.sum_of_squares(isa)));
         Ok::<_, Error>(squares.sum::<Result<f64, Error>>()?.sqrt())

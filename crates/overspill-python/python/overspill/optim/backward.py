@@ -1,0 +1,96 @@
+"""Steps while backward runs: gradients leave memory as they appear.
+
+A hook behind each parameter's gradient collects parameters; as soon as their state is worth a pass of a few tiles, one
+native step updates them and drops their gradients. ``step()`` finishes what is left.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from overspill.optim.core import Core
+    from overspill.optim.table import Known
+
+__all__ = ["TILES", "InBackward"]
+
+TILES = 4
+"""Tiles of state that are worth a pass."""
+
+_MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "8bit": 1}
+
+
+class InBackward:
+    """The parameters whose gradients have appeared, and are not used yet."""
+
+    def __init__(self, optimizer: Core) -> None:
+        # The parameters keep the hooks: these must not keep the optimizer, whose end removes its directory.
+        self._optimizer = weakref.ref(optimizer)
+        self._pending: set[Known] = set()
+        self._pending_bytes = 0
+        self._due_bytes: int | None = None
+        self._sizes: dict[Known, int] = {}
+        self._handles: list[Any] = []
+
+    def watch(self, parameter: Tensor) -> None:
+        """Collects the parameter whenever its gradient has appeared."""
+        watching = weakref.ref(self)
+
+        def arrived(parameter: Tensor) -> None:
+            this = watching()
+            if this is not None:
+                this._arrived(parameter)
+
+        needed = parameter.requires_grad
+        parameter.requires_grad_(True)
+        self._handles.append(parameter.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]
+        parameter.requires_grad_(needed)
+
+    def finish(self) -> None:
+        """Updates all that have a gradient, and drops it."""
+        self._step(None)
+
+    def close(self) -> None:
+        """Watches no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._pending.clear()
+
+    def _arrived(self, parameter: Tensor) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        with optimizer._lock:
+            known = optimizer._known[parameter]
+            self._pending.add(known)
+            self._pending_bytes += self._size(optimizer, known)
+            if self._due_bytes is None:
+                optimizer._with_places()
+                self._due_bytes = TILES * int(optimizer.report()["tile_bytes"])  # type: ignore[call-overload]
+            if self._pending_bytes >= self._due_bytes:
+                self._step(self._pending)
+
+    def _step(self, only: set[Known] | None) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        try:
+            stepped = optimizer._update(only)
+        finally:
+            self._pending, self._pending_bytes = set(), 0
+        for known in stepped:
+            known.parameter.grad = None
+
+    def _size(self, optimizer: Core, known: Known) -> int:
+        """Bytes of a parameter's state, about."""
+        if known not in self._sizes:
+            native = optimizer._with_places([known])
+            fields = native.fields(known.number) if known.is_native else []
+            cells = sum(math.prod(shape) for _, shape in fields)
+            self._sizes[known] = cells * _MOMENT_BYTES[optimizer._config.moments]
+        return self._sizes[known]

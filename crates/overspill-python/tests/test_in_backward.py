@@ -1,0 +1,85 @@
+"""Updates while backward runs, and who keeps whom."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import overspill
+from overspill.errors import ArgumentError, UnsupportedError
+from support import SMALL, assert_same
+
+
+def layers(count=12, width=128):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(count)))
+
+
+def test_updates_in_backward_are_the_same_and_free_gradients(swap_dir, backend):
+    models = [layers(), layers()]
+    plain = overspill.AdamW(
+        models[0].parameters(), lr=1e-3, swap_dir=swap_dir / "a", backend=backend, **SMALL
+    )
+    early = overspill.AdamW(
+        models[1].parameters(),
+        lr=1e-3,
+        swap_dir=swap_dir / "b",
+        backend=backend,
+        in_backward=True,
+        memory="5MiB",
+        resident=0,
+    )
+    left = []
+    for step in range(4):
+        x = torch.randn(4, 128, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip(models, (plain, early)):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            left.append(sum(p.grad is not None for p in model.parameters()))
+            optimizer.step()
+        assert_same(models[0].parameters(), models[1].parameters())
+        assert all(p.grad is None for p in models[1].parameters())
+    assert set(left[::2]) == {24} and max(left[1::2]) < 24, left
+    assert [int(x["step"]) for x in early.state.values()] == [4] * 24
+
+
+def test_in_backward_refuses_what_needs_all_gradients(swap_dir):
+    model = layers(2)
+    with pytest.raises(ArgumentError, match="max_norm"):
+        overspill.AdamW(model.parameters(), swap_dir=swap_dir, in_backward=True, max_norm=1.0)
+    optimizer = overspill.AdamW(model.parameters(), swap_dir=swap_dir, in_backward=True, **SMALL)
+    with pytest.raises(UnsupportedError, match="closure"):
+        optimizer.step(lambda: 0.0)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(1, 128)).sum()).backward()
+    with pytest.raises(UnsupportedError, match="GradScaler"):
+        scaler.step(optimizer)
+    optimizer.close()
+    model(torch.ones(1, 128)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters()), "a closed optimizer watches nothing"
+
+
+def test_parameters_do_not_keep_the_optimizer(swap_dir):
+    model = layers(2)
+    optimizer = overspill.AdamW(model.parameters(), swap_dir=swap_dir, in_backward=True, **SMALL)
+    model(torch.ones(1, 128)).sum().backward()
+    optimizer.step()
+    assert swap_dir.exists()
+    del optimizer
+    assert not swap_dir.exists(), "at once: nothing is left to a collector of cycles"
+    model(torch.ones(1, 128)).sum().backward()
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_the_optimizer_does_not_keep_parameters(in_backward, swap_dir):
+    model = layers(2)
+    optimizer = overspill.AdamW(model.parameters(), swap_dir=swap_dir, in_backward=in_backward, **SMALL)
+    model(torch.ones(1, 128)).sum().backward()
+    optimizer.step()
+    weights = [weakref.ref(p) for p in model.parameters()]
+    del model, optimizer
+    gc.collect()
+    assert [weight() for weight in weights] == [None] * 4

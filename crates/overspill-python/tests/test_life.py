@@ -1,0 +1,219 @@
+"""Optimizers in processes that are interrupted, fork, load data, and run for long."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+import overspill
+from overspill.errors import ForkError, StorageError
+from support import SMALL, assert_same, descriptors, pair, parameters, set_gradients, status
+
+
+class Interrupting:
+    """The native half of an optimizer, with a signal before and after each step."""
+
+    def __init__(self, native, number):
+        self._native = native
+        self._number = number
+
+    def step(self, *arguments):
+        os.kill(os.getpid(), self._number)
+        self._native.step(*arguments)
+        os.kill(os.getpid(), self._number)
+
+    def __getattr__(self, name):
+        return getattr(self._native, name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_step_takes_effect_when_it_is_whole(
+    number, swap_dir, backend, exact_sqrt
+):
+    ours, optimizer, theirs, reference = pair("AdamW", swap_dir, backend=backend)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupted)
+    try:
+        for step in range(6):
+            set_gradients(step, ours, theirs)
+            reference.step()
+            if step == 3:
+                whole = optimizer._native
+                optimizer._native = Interrupting(whole, number)
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.step()
+                optimizer._native = whole
+            else:
+                optimizer.step()
+            assert_same(ours, theirs)
+            assert [int(x["step"]) for x in optimizer.state.values()] == [step + 1] * len(ours)
+            assert signal.getsignal(number) is interrupted
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_is_not_lost_when_a_step_fails(swap_dir):
+    ours, optimizer, _, _ = pair("AdamW", swap_dir)
+    set_gradients(0, ours)
+    optimizer.step()
+
+    class Failing(Interrupting):
+        def step(self, *arguments):
+            os.kill(os.getpid(), self._number)
+            raise StorageError("the disk is gone", 5)
+
+    optimizer._native = Failing(optimizer._native, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as told:
+        optimizer.step()
+    assert isinstance(told.value.__context__, StorageError)
+    assert int(optimizer.state[ours[0]]["step"]) == 1
+
+
+def test_signals_that_arrive_at_any_time_leave_steps_whole(swap_dir):
+    (p,) = parameters([(300, 1000)])
+    optimizer = overspill.SGD([p], lr=1.0, momentum=0.5, swap_dir=swap_dir, **SMALL)
+    ended = threading.Event()
+    asked = threading.Semaphore(0)
+
+    def interrupt():
+        while asked.acquire() and not ended.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=interrupt)
+    sender.start()
+    interrupts = taken = 0
+    start = p.detach().clone()
+    try:
+        while interrupts < 20 and taken < 2000:
+            p.grad = torch.zeros_like(p)
+            steps = int(optimizer.state[p]["step"]) if p in optimizer.state else 0
+            try:
+                asked.release()
+                optimizer.step()
+                taken += 1
+            except KeyboardInterrupt:
+                interrupts += 1
+            try:
+                now = int(optimizer.state[p]["step"]) if p in optimizer.state else 0
+                assert now - steps in (0, 1)
+            except KeyboardInterrupt:
+                interrupts += 1
+    except KeyboardInterrupt:
+        interrupts += 1
+    finally:
+        while True:
+            try:
+                ended.set()
+                asked.release()
+                sender.join()
+                break
+            except KeyboardInterrupt:
+                continue
+    assert interrupts
+    assert_same([p], [start])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert_same([p], [start - 1.0])
+
+
+def test_a_fork_cannot_use_it_and_does_no_harm(swap_dir, backend, exact_sqrt):
+    ours, optimizer, theirs, reference = pair("AdamW", swap_dir, backend=backend)
+    for step in range(4):
+        set_gradients(step, ours, theirs)
+        optimizer.step()
+        reference.step()
+        if step == 1:
+            child = os.fork()
+            if child == 0:
+                told = 1
+                try:
+                    optimizer.step()
+                except ForkError:
+                    told = 0
+                with contextlib.suppress(ForkError):
+                    optimizer.close()
+                del optimizer
+                gc.collect()
+                os._exit(told)
+            _, state = os.waitpid(child, 0)
+            assert os.waitstatus_to_exitcode(state) == 0
+            assert swap_dir.exists()
+        assert_same(ours, theirs)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows that worker processes make."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.full((16,), float(index))
+
+
+def test_workers_of_a_data_loader_live_beside_it(swap_dir, exact_sqrt):
+    results = []
+    for make in (
+        lambda p: overspill.AdamW(p, swap_dir=swap_dir, **SMALL),
+        lambda p: torch.optim.AdamW(p, foreach=False),
+    ):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(16, 1)
+        optimizer = make(model.parameters())
+        model(torch.ones(1, 16)).sum().backward()
+        optimizer.step()
+        for _ in range(2):
+            # Forks while the optimizer has threads, and ends while it goes on.
+            for rows in torch.utils.data.DataLoader(Rows(), batch_size=8, num_workers=2):
+                optimizer.zero_grad()
+                model(rows / 64).square().mean().backward()
+                optimizer.step()
+        results.append(list(model.parameters()))
+    assert_same(*results)
+
+
+def test_ten_thousand_steps_take_no_more_memory_and_no_more_files(swap_dir, backend):
+    model = parameters([(8, 8), (8,)])
+    optimizer = overspill.AdamW(model, swap_dir=swap_dir, backend=backend, max_norm=1.0, **SMALL)
+    set_gradients(0, model)
+
+    def run(count):
+        for _ in range(count):
+            optimizer.step()
+        gc.collect()
+        return status("VmRSS"), descriptors(), status("Threads")
+
+    memory, files, threads = run(1000)
+    later = run(9000)
+    assert later[1:] == (files, threads)
+    assert later[0] - memory < 4096, f"{later[0] - memory} KiB more"
+    assert int(optimizer.state[model[0]]["step"]) == 10_000
+
+
+def test_many_optimizers_one_after_the_other_leave_nothing(swap_dir, backend):
+    def one():
+        ours, optimizer, _, _ = pair("AdamW", swap_dir, [(50, 50)], backend=backend)
+        set_gradients(0, ours)
+        optimizer.step()
+        optimizer.state_dict()
+        optimizer.close()
+
+    for _ in range(3):
+        one()
+    gc.collect()
+    before = descriptors(), status("Threads"), status("VmRSS")
+    for _ in range(10):
+        one()
+    gc.collect()
+    assert (descriptors(), status("Threads")) == before[:2]
+    assert status("VmRSS") - before[2] < 16384
+    assert not swap_dir.exists()
