@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import overspill
+from overspill import AdamW, _native
 from overspill.errors import ForkError, StorageError
 from support import SMALL, assert_same, descriptors, pair, parameters, set_gradients, status
 
@@ -148,6 +149,28 @@ def test_a_fork_cannot_use_it_and_does_no_harm(swap_dir, backend, exact_sqrt):
             assert os.waitstatus_to_exitcode(state) == 0
             assert swap_dir.exists()
         assert_same(ours, theirs)
+
+
+def test_a_fork_is_told_that_the_threads_are_its_parents(swap_dir):
+    ours, optimizer, _, _ = pair("AdamW", swap_dir)
+    set_gradients(0, ours)
+    optimizer.step()
+    child = os.fork()
+    if child == 0:
+        told = 0
+        for use in (
+            lambda: _native.norm([ours[0].grad]),
+            lambda: AdamW(ours, swap_dir=swap_dir.with_name("another"), max_norm=1.0).step(),
+        ):
+            try:
+                use()
+                told = 1
+            except ForkError:
+                pass
+        os._exit(told)
+    _, state = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(state) == 0
+    optimizer.close()
 
 
 class Rows(torch.utils.data.Dataset):
