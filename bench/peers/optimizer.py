@@ -133,7 +133,6 @@ def main():
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()), help="threads of all sides")
     parser.add_argument("--overhead", action="store_true", help="only the share of a step that Python takes")
     parser.add_argument("--json", help="write the numbers to this file")
-    parser.add_argument("--overspill", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--serve", choices=["overspill", "deepspeed", "torch"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

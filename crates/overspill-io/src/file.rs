@@ -91,6 +91,23 @@ impl File {
         Ok(file)
     }
 
+    /// Takes over a descriptor that nobody else uses.
+    pub(crate) fn adopt(fd: OwnedFd, path: &Path, doorbell: &Arc<Doorbell>) -> Result<File, IoError> {
+        let failed = |errno: Errno| IoError::File {
+            action: "open",
+            path: path.to_owned(),
+            errno: errno.raw_os_error(),
+        };
+        check_power(doorbell).map_err(failed)?;
+        let stat = rustix::fs::fstat(&fd).map_err(failed)?;
+        check_places(&stat, path)?;
+        // Left on, it would have the kernel refuse transfers that it cannot start at once, or move them to the end.
+        let set = rustix::fs::fcntl_getfl(&fd).map_err(failed)?;
+        rustix::fs::fcntl_setfl(&fd, set - OFlags::NONBLOCK - OFlags::APPEND).map_err(failed)?;
+        let access = choose_access(&fd, &stat).map_err(failed)?;
+        Ok(File::new(fd, path.to_owned(), &stat, access, doorbell))
+    }
+
     /// A nameless file in memory, on which a backend can prove that it works.
     pub(crate) fn in_memory(doorbell: &Arc<Doorbell>) -> Result<File, Errno> {
         let fd = rustix::fs::memfd_create("overspill-probe", rustix::fs::MemfdFlags::CLOEXEC)?;
@@ -239,10 +256,7 @@ impl File {
     /// Fails if there are no offsets to read and write at. Character devices such as `/dev/full` take any.
     pub(crate) fn check_places(&self) -> Result<(), IoError> {
         let stat = rustix::fs::fstat(self).map_err(|errno| self.failed("measure", errno))?;
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile | FileType::BlockDevice | FileType::CharacterDevice => Ok(()),
-            _ => Err(IoError::NotAFile { path: self.inner.path.clone() }),
-        }
+        check_places(&stat, &self.inner.path)
     }
 
     /// Cuts the file off behind its first `bytes` bytes.
@@ -336,6 +350,14 @@ impl Drop for Inner {
         if *self.seat.get_mut() != UNSEATED {
             self.doorbell.ring();
         }
+    }
+}
+
+/// Fails if what is at `path` has no offsets to read and write at. Character devices such as `/dev/full` take any.
+fn check_places(stat: &Stat, path: &Path) -> Result<(), IoError> {
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile | FileType::BlockDevice | FileType::CharacterDevice => Ok(()),
+        _ => Err(IoError::NotAFile { path: path.to_owned() }),
     }
 }
 

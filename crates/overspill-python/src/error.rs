@@ -2,6 +2,8 @@
 //!
 //! The classes are in `python/overspill/errors.py`; here is which error is told by which.
 
+use std::sync::Arc;
+
 use overspill_io::{Failed, IoError, PoolError};
 use overspill_optim::{ApplyError, RecipeError};
 use overspill_swap::StoreError;
@@ -28,6 +30,12 @@ pub(crate) enum Error {
     Forked { owner: u32, current: u32 },
     #[error("a bug in overspill, please report it: {0}")]
     Panic(String),
+    /// What is stored is not what was written.
+    #[error("{0}")]
+    Corrupt(String),
+    /// Of several things that were waited for together, the first that failed.
+    #[error("{first}{}", also(*more))]
+    Several { first: Arc<Error>, more: usize },
     #[error(transparent)]
     Io(#[from] IoError),
     #[error(transparent)]
@@ -59,6 +67,15 @@ impl<E: Into<Error>> From<PassError<E>> for Error {
     }
 }
 
+/// How many more failed.
+fn also(more: usize) -> String {
+    match more {
+        0 => String::new(),
+        1 => " (and 1 more operation failed)".to_owned(),
+        more => format!(" (and {more} more operations failed)"),
+    }
+}
+
 /// What the exception for an error of the engine says besides its message.
 struct Told {
     class: &'static str,
@@ -78,6 +95,8 @@ impl Told {
             Error::State(_) => Self::plain("StateError"),
             Error::Forked { .. } => Self::plain("ForkError"),
             Error::Panic(_) => Self::plain("InternalError"),
+            Error::Corrupt(_) => Self::plain("CorruptionError"),
+            Error::Several { first, .. } => Self::of(first),
             Error::Budget(_) => Self::plain("MemoryBudgetError"),
             Error::Io(error) => Self::of_io(error),
             Error::Pool(_) => Self::plain("MemoryBudgetError"),

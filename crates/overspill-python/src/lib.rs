@@ -13,6 +13,7 @@
 
 mod border;
 mod error;
+mod handle;
 mod optimizer;
 mod tensor;
 
@@ -24,6 +25,11 @@ mod _native {
     /// The package's version.
     #[pymodule_export]
     const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_export]
+    use crate::handle::Handle;
+    #[pymodule_export]
+    use crate::handle::pinned::{Pinned, is_pinned, unpin};
 
     /// Runs the command line; the answer is its exit status.
     #[pymodule_export]

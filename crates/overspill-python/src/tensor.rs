@@ -7,8 +7,11 @@
 #![expect(unsafe_code, reason = "makes slices of the memory that a tensor says it has")]
 
 use std::ops::Range;
+use std::ptr::NonNull;
 use std::slice;
+use std::sync::Arc;
 
+use overspill_io::Block;
 use overspill_optim::{Gradient, Weights};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -171,6 +174,39 @@ impl Tensor {
         if self.dtype == Dtype::F32 { Ok(()) } else { Err(Error::Argument(message())) }
     }
 
+    /// The bytes of `range` as a block that an engine can move; the tensor is kept until its last part is gone.
+    pub(crate) fn block(self: Arc<Self>, range: Range<usize>) -> Block {
+        assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} of {} bytes", self.bytes);
+        let start = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(self.address + range.start));
+        let start = start.expect("a tensor that has bytes has an address");
+        // SAFETY: torch says that the tensor has these bytes, and the object that is held, the block's owner from here on,
+        // keeps them there. The block goes to an engine and nowhere else, which passes addresses on to the kernel: should
+        // somebody use the bytes meanwhile, the kernel moves what it finds.
+        unsafe { Block::over(start, range.len(), self) }
+    }
+
+    /// Sets the bytes from `start` on.
+    pub(crate) fn copy_from(&self, start: usize, bytes: &[u8]) {
+        let target = self.address_of(start, bytes.len());
+        // SAFETY: `address_of` has seen that these bytes are the tensor's, and the object that is held keeps them there.
+        // No reference to them is made. A block of ours is never memory of a tensor's.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) }
+    }
+
+    /// Fills `bytes` with those from `start` on.
+    pub(crate) fn copy_to(&self, start: usize, bytes: &mut [u8]) {
+        let source = self.address_of(start, bytes.len());
+        // SAFETY: as in `copy_from`.
+        unsafe { std::ptr::copy_nonoverlapping(source, bytes.as_mut_ptr(), bytes.len()) }
+    }
+
+    /// Where `bytes` bytes from `start` on are.
+    fn address_of(&self, start: usize, bytes: usize) -> *mut u8 {
+        let end = start.checked_add(bytes);
+        assert!(end.is_some_and(|end| end <= self.bytes), "{bytes} bytes at {start} of {}", self.bytes);
+        std::ptr::with_exposed_provenance_mut(self.address + start)
+    }
+
     fn slice<T>(&self) -> &[T] {
         let (start, count) = self.range::<T>();
         // SAFETY: torch says that the tensor has `bytes` bytes from `address` on, initialized or plain numbers any pattern
@@ -189,7 +225,7 @@ impl Tensor {
     fn range<T>(&self) -> (*mut T, usize) {
         let start = std::ptr::with_exposed_provenance_mut::<T>(self.address);
         if self.bytes == 0 {
-            return (std::ptr::NonNull::dangling().as_ptr(), 0);
+            return (NonNull::dangling().as_ptr(), 0);
         }
         assert!(!start.is_null() && start.is_aligned(), "torch aligns elements to their size");
         (start, self.bytes / size_of::<T>())

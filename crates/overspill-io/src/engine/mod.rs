@@ -34,9 +34,9 @@ use self::driver::Driver;
 use self::op::{Op, Request};
 use self::queue::{Priority, Queue};
 use self::stats::{EngineStats, Stats};
-use self::ticket::{Promise, Reply, Ticket};
+use self::ticket::{Callback, Promise, Reply, Ticket};
 use crate::backend::doorbell::Doorbell;
-use crate::error::{Direction, IoError};
+use crate::error::{Direction, Failed, IoError};
 use crate::file::File;
 use crate::memory::block::Block;
 use crate::sync::{AtomicBool, Mutex, lock};
@@ -139,6 +139,16 @@ impl Engine {
         File::open_to_read(path, &self.inner.doorbell)
     }
 
+    /// Takes over a file that somebody else has opened and that nobody else uses the descriptor of; `path` is what errors
+    /// call it. What it was opened for decides what can be done with it. A write that is not aligned reads, too.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError::NotAFile`] for a pipe, a socket or a directory, [`IoError::File`].
+    pub fn adopt(&self, file: std::fs::File, path: &Path) -> Result<File, IoError> {
+        File::adopt(file.into(), path, &self.inner.doorbell)
+    }
+
     /// Fills `block` with the bytes of `file` from `offset` on, at any offset and of any length; [`File::alignment`]
     /// tells which ones are fastest. Every failure comes through the ticket.
     pub fn read(&self, file: &File, offset: u64, block: Block, priority: Priority) -> Ticket {
@@ -175,6 +185,22 @@ impl Engine {
             Reply::Done(promise),
         );
         ticket
+    }
+
+    /// Moves `block` like [`Engine::read`] or [`Engine::write`], and calls `call` with what comes of it instead of having
+    /// somebody wait: once, on the driver's thread or, if the operation never begins, on this one. The device waits for
+    /// it, so it must be short, must not block or panic, and must not drop the last handle of this engine.
+    pub fn call(
+        &self,
+        direction: Direction,
+        file: &File,
+        offset: u64,
+        block: Block,
+        priority: Priority,
+        call: impl FnOnce(Result<Block, Failed>) + Send + 'static,
+    ) {
+        let reply = Reply::Call(Callback::new(Box::new(call)));
+        self.submit(Request { direction, file, offset, block, priority }, reply);
     }
 
     /// What the engine works with, and why not with something better.

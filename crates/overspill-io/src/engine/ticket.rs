@@ -69,6 +69,8 @@ pub(crate) enum Reply {
     Done(Promise<()>),
     /// The caller waits for several operations as for one.
     Part(Part),
+    /// The caller does not wait, but is called.
+    Call(Callback),
 }
 
 impl Reply {
@@ -79,6 +81,33 @@ impl Reply {
             // The block is home before the waiter wakes.
             Reply::Done(promise) => promise.keep(answer.map(drop)),
             Reply::Part(part) => part.send(answer),
+            Reply::Call(callback) => callback.call(answer),
+        }
+    }
+}
+
+/// What is called with an answer.
+type Call = Box<dyn FnOnce(Answer<Block>) + Send>;
+
+/// The obligation to call somebody once.
+pub(crate) struct Callback(Option<Call>);
+
+impl Callback {
+    pub(crate) fn new(call: Call) -> Callback {
+        Callback(Some(call))
+    }
+
+    fn call(mut self, answer: Answer<Block>) {
+        if let Some(call) = self.0.take() {
+            call(answer);
+        }
+    }
+}
+
+impl Drop for Callback {
+    fn drop(&mut self) {
+        if let Some(call) = self.0.take() {
+            call(Err(Failed { error: IoError::EngineStopped, block: None }));
         }
     }
 }
@@ -171,6 +200,22 @@ mod tests {
         assert!(ticket.is_done());
         drop(ticket);
         assert_eq!(pool.leased_blocks(), 0);
+    }
+
+    #[test]
+    fn a_call_is_made_once_also_by_a_reply_that_is_never_sent() {
+        let pool = pool();
+        let (sender, answers) = std::sync::mpsc::channel();
+        for sent in [true, false] {
+            let sender = sender.clone();
+            let call = Box::new(move |answer: Answer<Block>| sender.send(answer.is_ok()).unwrap());
+            let reply = Reply::Call(Callback::new(call));
+            if sent {
+                reply.send(Ok(pool.lease(10).unwrap()));
+            }
+        }
+        drop(sender);
+        assert_eq!(answers.iter().collect::<Vec<_>>(), [true, false]);
     }
 
     #[test]

@@ -3,8 +3,11 @@
 //! A [`Block`] is an exclusive range of one lease. [`Block::split_off`] divides the range in two and
 //! [`Block::join`] makes neighbors one again, so two blocks never overlap, whatever their holders do. All parts
 //! share the lease; the memory returns to the pool when the last of them is dropped.
+//!
+//! Memory of somebody else's, such as an array of another language, becomes a block by [`Block::over`]: its owner takes
+//! the lease's place.
 
-#![expect(unsafe_code, reason = "turns an exclusive range of the arena into slices")]
+#![expect(unsafe_code, reason = "turns an exclusive range of memory into slices")]
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -21,10 +24,12 @@ use super::pool::Lease;
 pub struct Block {
     start: NonNull<u8>,
     len: usize,
-    lease: Arc<Lease>,
+    /// What keeps the memory: the lease, or the owner of memory that is not the pool's.
+    owner: Arc<dyn Send + Sync>,
 }
 
-// SAFETY: a block is the only way to its bytes, and the lease behind it counts its holders atomically.
+// SAFETY: a block is the only way to its bytes, and the owner behind it counts its holders atomically and
+// may be dropped by any thread.
 unsafe impl Send for Block {}
 // SAFETY: a shared block gives shared access to its bytes only.
 unsafe impl Sync for Block {}
@@ -32,7 +37,22 @@ unsafe impl Sync for Block {}
 impl Block {
     /// The first `len` bytes of a fresh lease, which only this call may see: it consumes the lease.
     pub(super) fn whole(lease: Lease, len: usize) -> Block {
-        Block { start: lease.memory(len), len, lease: Arc::new(lease) }
+        Block { start: lease.memory(len), len, owner: Arc::new(lease) }
+    }
+
+    /// A block over memory that no pool has; `owner` is dropped with its last part.
+    ///
+    /// It is as aligned as `start` is. An engine moves it as it is through the page cache; for direct I/O its address
+    /// must be a multiple of [`File::alignment`](crate::File::alignment), or the kernel refuses the transfer. It is not
+    /// registered with a ring.
+    ///
+    /// # Safety
+    ///
+    /// For as long as `owner` lives, the `len` bytes at `start` are mapped, readable, writable and initialized, and nothing
+    /// of Rust's makes a reference to one of them but through this block and its parts. Code of other languages may use
+    /// them, as the kernel does: what a transfer moves meanwhile are the bytes that it finds.
+    pub unsafe fn over(start: NonNull<u8>, len: usize, owner: Arc<dyn Send + Sync>) -> Block {
+        Block { start, len, owner }
     }
 
     /// Splits the block at byte `at`: `self` keeps `[0, at)`, the answer is `[at, len)`.
@@ -47,11 +67,11 @@ impl Block {
             at.is_multiple_of(BLOCK_ALIGNMENT),
             "cannot split at {at}, not a multiple of {BLOCK_ALIGNMENT}"
         );
-        // SAFETY: `at <= self.len`, so the address is inside the lease's memory or its end.
+        // SAFETY: `at <= self.len`, so the address is inside the owner's memory or its end.
         let start = unsafe { self.start.add(at) };
         let len = self.len - at;
         self.len = at;
-        Block { start, len, lease: Arc::clone(&self.lease) }
+        Block { start, len, owner: Arc::clone(&self.owner) }
     }
 
     /// Makes two neighboring parts of one lease a single block again.
@@ -61,10 +81,10 @@ impl Block {
     /// Both blocks come back unchanged if `next` does not begin where `self` ends, or is of another lease.
     pub fn join(self, next: Block) -> Result<Block, (Block, Block)> {
         let end = self.start.as_ptr().wrapping_add(self.len);
-        if !Arc::ptr_eq(&self.lease, &next.lease) || end != next.start.as_ptr() {
+        if !Arc::ptr_eq(&self.owner, &next.owner) || end != next.start.as_ptr() {
             return Err((self, next));
         }
-        Ok(Block { start: self.start, len: self.len + next.len, lease: self.lease })
+        Ok(Block { start: self.start, len: self.len + next.len, owner: self.owner })
     }
 }
 
@@ -72,7 +92,7 @@ impl Deref for Block {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the range lies in the lease's memory, which is mapped and initialized for as long as the lease
+        // SAFETY: the range lies in the owner's memory, which is mapped and initialized for as long as the owner
         // lives, and no other block covers any byte of it.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
@@ -146,6 +166,21 @@ mod tests {
         assert_eq!(a.join(b).unwrap().len(), 2 * BLOCK_ALIGNMENT);
         drop(other);
         assert_eq!(pool.leased_blocks(), 0);
+    }
+
+    #[test]
+    fn memory_of_somebody_elses_is_kept_until_its_last_part_is_dropped() {
+        let memory = Arc::new(vec![7_u8; 3 * BLOCK_ALIGNMENT]);
+        let start = NonNull::new(memory.as_ptr().cast_mut()).unwrap();
+        let owner: Arc<dyn Send + Sync> = memory.clone();
+        // SAFETY: the vector is not touched until the block and its parts are gone.
+        let mut first = unsafe { Block::over(start, 3 * BLOCK_ALIGNMENT, owner) };
+        let second = first.split_off(BLOCK_ALIGNMENT);
+        assert!(first.iter().chain(second.iter()).all(|&byte| byte == 7));
+        drop(first);
+        assert_eq!(Arc::strong_count(&memory), 2);
+        drop(second);
+        assert_eq!(Arc::strong_count(&memory), 1);
     }
 
     #[test]

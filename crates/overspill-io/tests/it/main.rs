@@ -9,6 +9,7 @@ mod aio;
 mod alone;
 mod conformance;
 mod faults;
+mod foreign;
 mod odd;
 mod power;
 mod seccomp;

@@ -19,11 +19,15 @@ from overspill._native import VERSION as __version__
 from overspill.errors import OverspillError
 
 if TYPE_CHECKING:
+    from overspill import deepspeed
+    from overspill.aio import aio_handle
     from overspill.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Lion, Muon
 
 # What needs torch is imported when it is asked for: the command line works without.
 _MODULES = {
     **dict.fromkeys(("SGD", "Adafactor", "Adagrad", "Adam", "AdamW", "Lion", "Muon"), "overspill.optim"),
+    "aio_handle": "overspill.aio",
+    "deepspeed": "overspill.deepspeed",
 }
 
 __all__ = [
@@ -36,6 +40,8 @@ __all__ = [
     "Muon",
     "OverspillError",
     "__version__",
+    "aio_handle",
+    "deepspeed",
     "errors",
 ]
 
@@ -43,7 +49,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module 'overspill' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    module = importlib.import_module(_MODULES[name])
+    value = getattr(module, name, module)
     globals()[name] = value
     return value
 

@@ -130,3 +130,59 @@ class Optimizer:
 
     def close(self) -> None:
         """Ends all I/O and releases everything; any other call is refused afterwards."""
+
+class Handle:
+    """The engine behind :class:`overspill.aio_handle`. All calls that move or wait release the GIL."""
+
+    def __new__(
+        cls, block_size: int, queue_depth: int, intra_op_parallelism: int, backend: str
+    ) -> Handle: ...
+    def backend(self) -> str:
+        """The backend in use."""
+
+    def degraded(self) -> str | None:
+        """Why it is not the best one, if nobody asked for it."""
+
+    def submit(
+        self,
+        tensor: Tensor,
+        file: str | int,
+        write: bool,
+        offset: int,
+        validate: bool,
+        landing: Tensor | None,
+    ) -> None:
+        """Begins to move ``tensor``. Once it is read, it is copied to ``landing``."""
+
+    def run(
+        self,
+        tensor: Tensor,
+        file: str | int,
+        write: bool,
+        offset: int,
+        validate: bool,
+        landing: Tensor | None,
+        alone: bool,
+    ) -> int:
+        """Moves ``tensor`` and waits: for that ``alone``, which is never counted, or as :meth:`wait` does."""
+
+    def wait(self) -> int:
+        """Waits for everything that was asked for; how many operations no other wait has counted."""
+
+    def close(self) -> None:
+        """Finishes what is pending, within a minute, and stops the engine. In a fork it does nothing."""
+
+class Pinned:
+    """Memory that a tensor is made over; ``len`` is its size in bytes."""
+
+    def __new__(cls, bytes: int) -> Pinned: ...
+    def __len__(self) -> int: ...
+    @property
+    def address(self) -> int:
+        """The address of the first byte."""
+
+def unpin(address: int) -> bool:
+    """Gives the pinned memory that begins at ``address`` up; whether there was any."""
+
+def is_pinned(address: int, bytes: int) -> bool:
+    """Whether these bytes are pinned memory of one allocation."""

@@ -1,0 +1,95 @@
+//! Files as DeepSpeed names them: by a path, or by a descriptor.
+//!
+//! A file is opened for one operation. To be written it is made if there is none, readable and writable by its owner, and
+//! it is never cut; symbolic links are followed. Of a descriptor the file is opened anew, so that no flag or position of
+//! the caller's is changed, and the caller may close it at once.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use overspill_io::{Direction, Engine, IoError};
+
+use super::order::FileKey;
+use crate::error::Error;
+use crate::tensor::Tensor;
+
+/// What a caller calls a file.
+#[derive(Debug)]
+pub(super) enum Name {
+    Path(PathBuf),
+    Descriptor(i32),
+}
+
+/// A file that an engine can use.
+pub(super) struct Opened {
+    pub(super) file: overspill_io::File,
+    pub(super) key: FileKey,
+}
+
+/// Opens what `name` means, to move bytes in `direction`.
+pub(super) fn open(engine: &Engine, name: &Name, direction: Direction) -> Result<Opened, Error> {
+    let (path, told) = match name {
+        Name::Path(path) => (path.clone(), path.clone()),
+        Name::Descriptor(number) => descriptor(*number, direction)?,
+    };
+    let failed = |error: io::Error| Error::from(failure("open", &told, &error));
+    let file = open_std(&path, direction).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    let key = FileKey { device: metadata.dev(), inode: metadata.ino() };
+    Ok(Opened { file: engine.adopt(file, &told)?, key })
+}
+
+fn open_std(path: &Path, direction: Direction) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    // Whoever opens a pipe would wait for its other end.
+    options.mode(0o600).custom_flags(libc::O_NONBLOCK);
+    if direction == Direction::Read {
+        return options.read(true).open(path);
+    }
+    options.write(true).create(true).truncate(false);
+    // What is around an odd end is read before it is written.
+    match options.clone().read(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => options.open(path),
+        opened => opened,
+    }
+}
+
+/// The path by which the kernel opens the file of a descriptor of this process, and its name.
+fn descriptor(number: i32, direction: Direction) -> Result<(PathBuf, PathBuf), Error> {
+    let told = PathBuf::from(format!("file descriptor {number}"));
+    let bad = || IoError::File { action: "use", path: told.clone(), errno: libc::EBADF };
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}")).map_err(|_| bad())?;
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+    let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok()).ok_or_else(bad)?;
+    let forbidden = if direction == Direction::Read { libc::O_WRONLY } else { libc::O_RDONLY };
+    if flags & libc::O_ACCMODE == forbidden {
+        return Err(bad().into());
+    }
+    let path = PathBuf::from(format!("/proc/self/fd/{number}"));
+    let told = fs::read_link(&path).unwrap_or(told);
+    Ok((path, told))
+}
+
+/// Compares a file, as everybody reads it, with a tensor that was moved.
+pub(super) fn compare(path: &Path, offset: u64, tensor: &Tensor) -> Result<(), Error> {
+    const PIECE_BYTES: usize = 1 << 20;
+    let failed = |error: io::Error| Error::from(failure("validate", path, &error));
+    let mut file = File::open(path).map_err(failed)?;
+    file.seek(SeekFrom::Start(offset)).map_err(failed)?;
+    let mut found = vec![0; PIECE_BYTES];
+    for (index, expected) in tensor.bytes().chunks(PIECE_BYTES).enumerate() {
+        let found = &mut found[..expected.len()];
+        file.read_exact(found).map_err(failed)?;
+        if let Some(at) = found.iter().zip(expected).position(|(found, expected)| found != expected) {
+            let at = offset + (index * PIECE_BYTES + at) as u64;
+            return Err(Error::Corrupt(format!("{} is not the tensor from byte {at} on", path.display())));
+        }
+    }
+    Ok(())
+}
+
+fn failure(action: &'static str, path: &Path, error: &io::Error) -> IoError {
+    IoError::File { action, path: path.to_owned(), errno: error.raw_os_error().unwrap_or(libc::EIO) }
+}

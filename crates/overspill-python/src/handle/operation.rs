@@ -1,0 +1,125 @@
+//! One read or write of a tensor, from the call that asks for it to the wait that covers it.
+//!
+//! It is cut into [`Part`]s that travel by themselves; it is over when the last of them has answered, and a part that is
+//! dropped has. The first failure is kept until a wait tells it. Nothing here waits without a bound: whoever waits looks
+//! for signals in between.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use overspill_io::IoError;
+
+use super::order::Footprint;
+use crate::error::Error;
+use crate::tensor::Tensor;
+
+/// What was asked for, and what has come of it.
+pub(super) struct Operation {
+    path: PathBuf,
+    pub(super) footprint: Footprint,
+    state: Mutex<State>,
+    over: Condvar,
+}
+
+struct State {
+    /// Parts that have not answered.
+    missing: usize,
+    failure: Option<Arc<Error>>,
+    /// Kept for whoever compares it with the file once all is over.
+    to_validate: Option<Arc<Tensor>>,
+}
+
+impl Operation {
+    /// An operation of `parts` parts, each of which is to be made by [`Operation::part`].
+    pub(super) fn new(
+        path: PathBuf,
+        footprint: Footprint,
+        parts: usize,
+        to_validate: Option<Arc<Tensor>>,
+    ) -> Arc<Self> {
+        let state = Mutex::new(State { missing: parts, failure: None, to_validate });
+        Arc::new(Self { path, footprint, state, over: Condvar::new() })
+    }
+
+    pub(super) fn part(self: &Arc<Self>) -> Part {
+        Part(Some(Arc::clone(self)))
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.lock().missing == 0
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        self.lock().failure.is_some()
+    }
+
+    /// What went wrong first, if anything did; known once it is over.
+    pub(super) fn failure(&self) -> Option<Arc<Error>> {
+        self.lock().failure.clone()
+    }
+
+    /// Waits until it is over, until `deadline` at most; says whether it is.
+    pub(super) fn wait_until(&self, deadline: Instant) -> bool {
+        let mut state = self.lock();
+        while state.missing > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left == Duration::ZERO {
+                return false;
+            }
+            state = self.over.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Once it is over: compares what moved with the file, if that was asked for.
+    pub(super) fn validate(&self) {
+        let Some(tensor) = self.lock().to_validate.take() else { return };
+        if self.has_failed() {
+            return;
+        }
+        if let Err(error) = super::file::compare(&self.path, self.footprint.file_range.start, &tensor) {
+            self.lock().failure = Some(Arc::new(error));
+        }
+    }
+
+    fn answer(&self, answer: Result<(), Error>) {
+        let mut state = self.lock();
+        if let Err(error) = answer {
+            state.failure.get_or_insert_with(|| Arc::new(error));
+        }
+        state.missing -= 1;
+        if state.missing == 0 {
+            drop(state);
+            self.over.notify_all();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The obligation to answer for one part.
+pub(super) struct Part(Option<Arc<Operation>>);
+
+impl Part {
+    pub(super) fn answer(mut self, answer: Result<(), Error>) {
+        if let Some(operation) = self.0.take() {
+            operation.answer(answer);
+        }
+    }
+
+    /// Whether another part has failed, so that this one need not begin.
+    pub(super) fn is_pointless(&self) -> bool {
+        self.0.as_ref().is_some_and(|operation| operation.has_failed())
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        if let Some(operation) = self.0.take() {
+            operation.answer(Err(IoError::EngineStopped.into()));
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Which operations of a handle wait for which (pure).
+//!
+//! Two operations that touch the same bytes of a file or of memory, one of them changing these, are carried out in the
+//! order of their calls; all others at the same time.
+
+use std::ops::Range;
+
+use overspill_io::Direction;
+
+/// Which file it is, whatever the path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FileKey {
+    pub(super) device: u64,
+    pub(super) inode: u64,
+}
+
+/// Everything that an operation touches, in bytes.
+#[derive(Clone, Debug)]
+pub(super) struct Footprint {
+    pub(super) direction: Direction,
+    pub(super) file: FileKey,
+    pub(super) file_range: Range<u64>,
+    /// Addresses.
+    pub(super) memory: Range<usize>,
+}
+
+impl Footprint {
+    /// Whether this one has to wait for `earlier`.
+    pub(super) fn conflicts_with(&self, earlier: &Footprint) -> bool {
+        let reads_only = |direction| self.direction == direction && earlier.direction == direction;
+        let same_file = self.file == earlier.file && overlap(&self.file_range, &earlier.file_range);
+        // A write changes the file, a read the memory.
+        (same_file && !reads_only(Direction::Read))
+            || (overlap(&self.memory, &earlier.memory) && !reads_only(Direction::Write))
+    }
+}
+
+fn overlap<T: Ord + Copy>(a: &Range<T>, b: &Range<T>) -> bool {
+    a.start.max(b.start) < a.end.min(b.end)
+}
