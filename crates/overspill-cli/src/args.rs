@@ -140,9 +140,9 @@ pub(crate) struct TrainArguments {
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "f32", help_heading = "Optimizer")]
     pub(crate) moments: MomentsChoice,
 
-    /// Decay of the first moment of adamw, adam and the adamw beside muon; what lion's update takes of it
-    #[arg(long, value_name = "RATE", default_value_t = 0.9, value_parser = below_one, help_heading = "Optimizer")]
-    pub(crate) beta1: f64,
+    /// Decay of the first moment of adamw, adam and the adamw beside muon; what lion's update takes of it [default: 0.9]
+    #[arg(long, value_name = "RATE", value_parser = below_one, help_heading = "Optimizer")]
+    pub(crate) beta1: Option<f64>,
 
     /// Decay of the second moment of adamw, adam and the adamw beside muon, of the only one of lion [default: 0.95; 0.99 of
     /// lion]
@@ -283,7 +283,7 @@ pub(crate) enum WeightsChoice {
 }
 
 /// How moments are stored.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum MomentsChoice {
     /// Single precision: 4 bytes each
     F32,

@@ -24,17 +24,7 @@ use crate::progress::Progress;
 use crate::table::{Table, thousands};
 
 pub(crate) fn run(arguments: &TrainArguments, baseline_rss_bytes: u64) -> anyhow::Result<()> {
-    let has_momentum = matches!(arguments.optimizer, OptimizerChoice::Sgd | OptimizerChoice::Muon);
-    if arguments.momentum.is_some_and(|momentum| momentum > 0.0) && !has_momentum {
-        anyhow::bail!("--momentum is for --optimizer sgd and muon only");
-    }
-    let scales =
-        [("init", arguments.loss_scale_init.is_some()), ("growth", arguments.loss_scale_growth.is_some())];
-    if let Some((which, _)) = scales.iter().find(|(_, given)| *given)
-        && arguments.weights != WeightsChoice::Fp16
-    {
-        anyhow::bail!("--loss-scale-{which} is for --weights fp16 only");
-    }
+    refuse_what_has_no_use(arguments)?;
     let stop = interrupt::stop_flag()?;
     let json = arguments.json.as_deref().map(JsonFile::prepare).transpose()?;
     let options = options(arguments, baseline_rss_bytes);
@@ -46,6 +36,38 @@ pub(crate) fn run(arguments: &TrainArguments, baseline_rss_bytes: u64) -> anyhow
         json.write(&summary)?;
     }
     if arguments.quiet { Ok(()) } else { output::show(&table(&summary)) }
+}
+
+/// What would not be heard is refused, so that nobody takes it for heard.
+fn refuse_what_has_no_use(arguments: &TrainArguments) -> anyhow::Result<()> {
+    let a = arguments;
+    let has_momentum = matches!(a.optimizer, OptimizerChoice::Sgd | OptimizerChoice::Muon);
+    let momentum = a.momentum.unwrap_or(0.0);
+    if momentum > 0.0 && !has_momentum {
+        anyhow::bail!("--momentum is for --optimizer sgd and muon only");
+    }
+    let has_betas = match a.optimizer {
+        OptimizerChoice::AdamW | OptimizerChoice::Adam | OptimizerChoice::Lion | OptimizerChoice::Muon => {
+            true
+        }
+        OptimizerChoice::Sgd | OptimizerChoice::Adagrad | OptimizerChoice::Adafactor => false,
+    };
+    let betas = [("beta1", a.beta1.is_some()), ("beta2", a.beta2.is_some())];
+    if let Some((which, _)) = betas.iter().find(|(_, given)| *given)
+        && !has_betas
+    {
+        anyhow::bail!("--{which} is for --optimizer adamw, adam, lion and muon only");
+    }
+    if a.optimizer == OptimizerChoice::Sgd && momentum == 0.0 && a.moments != MomentsChoice::F32 {
+        anyhow::bail!("--moments is not for --optimizer sgd without --momentum, which has none");
+    }
+    let scales = [("init", a.loss_scale_init.is_some()), ("growth", a.loss_scale_growth.is_some())];
+    if let Some((which, _)) = scales.iter().find(|(_, given)| *given)
+        && a.weights != WeightsChoice::Fp16
+    {
+        anyhow::bail!("--loss-scale-{which} is for --weights fp16 only");
+    }
+    Ok(())
 }
 
 fn options(arguments: &TrainArguments, baseline_rss_bytes: u64) -> RunOptions {
@@ -125,8 +147,9 @@ fn options(arguments: &TrainArguments, baseline_rss_bytes: u64) -> RunOptions {
 
 fn optimizer(arguments: &TrainArguments) -> Optimizer {
     let a = arguments;
-    let adam = AdamWConfig { beta1: a.beta1, ..AdamWConfig::default() };
-    let adam = AdamWConfig { beta2: a.beta2.unwrap_or(adam.beta2), ..adam };
+    let adam = AdamWConfig::default();
+    let (beta1, beta2) = (a.beta1.unwrap_or(adam.beta1), a.beta2.unwrap_or(adam.beta2));
+    let adam = AdamWConfig { beta1, beta2, ..adam };
     match a.optimizer {
         OptimizerChoice::AdamW => Optimizer::AdamW(adam),
         OptimizerChoice::Adam => Optimizer::Adam(adam),
@@ -135,8 +158,9 @@ fn optimizer(arguments: &TrainArguments) -> Optimizer {
         }
         OptimizerChoice::Adagrad => Optimizer::Adagrad(AdagradConfig::default()),
         OptimizerChoice::Lion => {
-            let beta2 = a.beta2.unwrap_or(LionConfig::default().beta2);
-            Optimizer::Lion(LionConfig { beta1: a.beta1, beta2 })
+            let lion = LionConfig::default();
+            let (beta1, beta2) = (a.beta1.unwrap_or(lion.beta1), a.beta2.unwrap_or(lion.beta2));
+            Optimizer::Lion(LionConfig { beta1, beta2 })
         }
         OptimizerChoice::Adafactor => Optimizer::Adafactor(AdafactorConfig::default()),
         OptimizerChoice::Muon => {

@@ -15,8 +15,7 @@ use std::time::Duration;
 
 use overspill_swap::Durability;
 
-use crate::config::ModelConfig;
-use crate::layout::{ModelLayout, Unit};
+use crate::layout::ModelLayout;
 use crate::plan::MemoryPlan;
 
 /// Bytes that a drive is rated to be written, as its data sheet says: `600TBW`.
@@ -116,29 +115,11 @@ pub struct Forecast {
 
 impl Forecast {
     /// What follows from the model and the plan.
-    pub fn new(
-        config: &ModelConfig,
-        layout: &ModelLayout,
-        plan: &MemoryPlan,
-        durability: Durability,
-    ) -> Self {
-        let keeping = plan.keeping();
-        let (mut state, mut scratch) = (0, 0);
-        for (index, unit) in layout.units().iter().enumerate() {
-            let weights = layout.weights_bytes(unit) as u64;
-            let moments = layout.records_bytes(unit, plan.tile_elements()) as u64;
-            let gradient = unit.padded_bytes() as u64;
-            // What stays in memory is written when it is committed, or never.
-            let is_written = |kept: bool| u64::from(!kept || durability == Durability::Step);
-            state +=
-                weights * is_written(keeping.weights[index]) + moments * is_written(keeping.moments[index]);
-            // A tied head puts its share of the embedding's gradient away, and the embedding adds its own.
-            let times = if config.tied && unit.unit == Unit::Embedding { 2 } else { 1 };
-            scratch += times * gradient * u64::from(!keeping.gradients[index]);
+    pub fn new(layout: &ModelLayout, plan: &MemoryPlan, durability: Durability) -> Self {
+        Self {
+            initial_bytes: plan.state_traffic(layout, durability).bytes_written,
+            step_bytes: plan.traffic(layout, durability).bytes_written,
         }
-        let inputs = keeping.inputs.iter().filter(|&&kept| !kept).count() as u64;
-        scratch += inputs * plan.input_bytes() as u64;
-        Self { initial_bytes: state, step_bytes: state + scratch }
     }
 
     /// Bytes of so many steps of a state that is there already.

@@ -95,7 +95,7 @@ fn a_kept_state_is_gone_on_with_by_its_own_recipe_only() {
             &["--optimizer", "adamw", "--momentum", "0"][..],
             "--optimizer was sgd with momentum, and is adamw now",
         ),
-        (&["--momentum", "0"], "--optimizer was sgd with momentum, and is sgd now"),
+        (&["--momentum", "0", "--moments", "f32"], "--optimizer was sgd with momentum, and is sgd now"),
         (&["--momentum", "0.8"], "SGD was SgdConfig { momentum: 0.9"),
         (&["--weights", "bf16-stochastic"], "--weights was bf16, and is bf16-stochastic now"),
         (&["--moments", "f32"], "--moments was 8bit, and is f32 now"),

@@ -145,6 +145,20 @@ fn what_a_recipe_has_no_use_for_is_refused_in_one_line() {
             &["--optimizer", "adafactor", "--momentum", "0.5"],
             "--momentum is for --optimizer sgd and muon only",
         ),
+        (
+            &["--optimizer", "sgd", "--beta1", "0.9"],
+            "--beta1 is for --optimizer adamw, adam, lion and muon only",
+        ),
+        (&["--optimizer", "adagrad", "--beta2", "0.9"], "--beta2 is for --optimizer adamw"),
+        (&["--optimizer", "adafactor", "--beta2", "0.9"], "--beta2 is for --optimizer adamw"),
+        (
+            &["--optimizer", "sgd", "--moments", "8bit"],
+            "--moments is not for --optimizer sgd without --momentum, which has none",
+        ),
+        (
+            &["--optimizer", "sgd", "--momentum", "0", "--moments", "bf16"],
+            "--moments is not for --optimizer sgd without --momentum",
+        ),
         (&["--loss-scale-init", "8"], "--loss-scale-init is for --weights fp16 only"),
         (
             &["--weights", "bf16", "--loss-scale-growth", "8"],

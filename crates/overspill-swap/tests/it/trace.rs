@@ -143,6 +143,8 @@ gradient_swap_out
 post_backward
   gradient_flush
     wait
+gradient_flush
+  wait
 pass
   pipeline
     swap_in

@@ -2,19 +2,20 @@
 //!
 //! A step goes through everything once, in the same order each time, so whatever was used longest ago is what is used
 //! next: a cache that forgets the oldest would forget each array just before its use. A fixed share has no such trouble,
-//! and saves the same traffic for every byte of memory. What saves most of it stays first:
+//! and saves the same traffic for every byte of memory. What a step [moves](super::traffic) most often stays first, and of
+//! that, what a commit needs least: weights of layers, those of the embedding and the head, gradients and saved inputs, then
+//! moments.
 //!
-//! | array | moves per step | of those, a checkpoint needs |
-//! |---|---|---|
-//! | weights | read forward, backward and for the update; written once | the write |
-//! | gradient, saved input | written once, read once | nothing |
-//! | optimizer state | read once, written once | the write |
-//!
-//! How many bytes each has is the recipe's choice, and no matter here.
+//! The order does not depend on the room, and nothing behind an array in it saves more per byte. So more room never moves
+//! more bytes, whatever is left unfilled because the next array is too long for it.
 //!
 //! Units of a kind are chosen evenly, so that transfers and computation take turns.
 
-use crate::layout::{ModelLayout, UnitLayout};
+use std::cmp::Reverse;
+
+use super::MemoryPlan;
+use super::traffic::{Kind, Mover};
+use crate::layout::ModelLayout;
 
 /// The arrays that stay.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,35 +45,36 @@ impl Keeping {
         bytes - bytes / MARGIN
     }
 
-    /// What `room` bytes hold.
-    pub(super) fn choose(
-        layout: &ModelLayout,
-        tile_elements: usize,
-        inputs: usize,
-        input_bytes: usize,
-        mut room: usize,
-    ) -> Self {
-        let mut keeping = Self::nothing(layout.units().len(), inputs);
-        let lengths = |bytes: &dyn Fn(&UnitLayout) -> usize| Vec::from_iter(layout.units().iter().map(bytes));
-        let weights = lengths(&|unit| layout.weights_bytes(unit));
-        let gradients = lengths(&UnitLayout::padded_bytes);
-        let moments = lengths(&|unit| layout.records_bytes(unit, tile_elements));
-        take(&weights, &mut keeping.weights, &mut room);
-        take(&gradients, &mut keeping.gradients, &mut room);
-        take(&vec![input_bytes; inputs], &mut keeping.inputs, &mut room);
-        take(&moments, &mut keeping.moments, &mut room);
-        keeping
+    /// What `room` bytes hold of what this plan moves, and how many of them it takes.
+    pub(super) fn choose(plan: &MemoryPlan, layout: &ModelLayout, room: usize) -> (Self, usize) {
+        let mut keeping = Self::nothing(layout.units().len(), plan.saved_inputs());
+        let mut left = room;
+        for mover in in_order(&Vec::from_iter(plan.movers(layout))) {
+            if mover.bytes <= left {
+                *keeping.of(mover.kind, mover.index) = true;
+                left -= mover.bytes;
+            }
+        }
+        (keeping, room - left)
     }
 
-    /// Bytes that stay, with arrays of units and saved inputs of these lengths.
-    pub(super) fn bytes(&self, layout: &ModelLayout, tile_elements: usize, input_bytes: usize) -> usize {
-        let per_unit = layout.units().iter().zip(self.weights.iter().zip(&self.gradients).zip(&self.moments));
-        let of_units = per_unit.map(|(unit, ((&weights, &gradient), &moments))| {
-            usize::from(weights) * layout.weights_bytes(unit)
-                + usize::from(gradient) * unit.padded_bytes()
-                + usize::from(moments) * layout.records_bytes(unit, tile_elements)
-        });
-        of_units.sum::<usize>() + input_bytes * self.inputs.iter().filter(|&&kept| kept).count()
+    /// Whether an array stays.
+    pub(super) fn has(&self, kind: Kind, index: usize) -> bool {
+        match kind {
+            Kind::Weights => self.weights[index],
+            Kind::Gradient => self.gradients[index],
+            Kind::Input => self.inputs[index],
+            Kind::Moments => self.moments[index],
+        }
+    }
+
+    fn of(&mut self, kind: Kind, index: usize) -> &mut bool {
+        match kind {
+            Kind::Weights => &mut self.weights[index],
+            Kind::Gradient => &mut self.gradients[index],
+            Kind::Input => &mut self.inputs[index],
+            Kind::Moments => &mut self.moments[index],
+        }
     }
 
     /// Whether everything stays.
@@ -82,14 +84,16 @@ impl Keeping {
     }
 }
 
-/// Chooses as many of these lengths as fit, evenly, and takes them off the room.
-fn take(lengths: &[usize], chosen: &mut [bool], room: &mut usize) {
-    for index in evenly(lengths.len()) {
-        if lengths[index] <= *room {
-            chosen[index] = true;
-            *room -= lengths[index];
-        }
-    }
+/// What a byte of memory saves most traffic for comes first; of equal ones each kind by itself, and evenly.
+fn in_order(movers: &[Mover]) -> Vec<Mover> {
+    let kinds = [Kind::Weights, Kind::Gradient, Kind::Input, Kind::Moments];
+    let of_kind = |kind| {
+        let all = Vec::from_iter(movers.iter().filter(|mover| mover.kind == kind).copied());
+        evenly(all.len()).map(move |place| all[place])
+    };
+    let mut order = Vec::from_iter(kinds.into_iter().flat_map(of_kind));
+    order.sort_by_key(|mover| Reverse((mover.moves(), mover.moves() - mover.moves_that_stay())));
+    order
 }
 
 /// All numbers below `count`, each as far from those before it as can be: any first part of them is spread evenly.
@@ -112,12 +116,5 @@ mod tests {
             assert_eq!(order, Vec::from_iter(0..count));
         }
         assert_eq!(Vec::from_iter(evenly(8)), [0, 4, 2, 6, 1, 5, 3, 7]);
-    }
-
-    #[test]
-    fn what_fits_is_taken_and_no_more() {
-        let (mut chosen, mut room) = ([false; 4], 21);
-        take(&[10, 10, 2, 10], &mut chosen, &mut room);
-        assert_eq!((chosen, room), ([true, false, true, false], 9));
     }
 }

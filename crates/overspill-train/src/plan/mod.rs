@@ -4,14 +4,22 @@
 //! the activations that live between layers, to the workspace of the computation inside one layer, to the training
 //! text, and to the process itself. Everything but the pool follows from the model and the batch; the pool's share
 //! is made to fit by shortening the tiles, then by shortening the pipeline. What is left [keeps](Keeping) arrays in
-//! memory for good.
+//! memory for good. The longer the tiles, the less is left, and the shorter, the more of it go into the tables: of the
+//! good lengths, the plan has the one with which a step [moves](Traffic) the least. So more memory never
+//! moves more bytes, but where a good tile, or a deeper pipeline, is what it has become enough for.
 
+mod choices;
 mod keeping;
+mod traffic;
 
 use overspill_io::{BLOCK_ALIGNMENT, BlockClass};
 use overspill_swap::{Durability, Store, Worth, pipeline};
 
+use self::choices::Choices;
+pub use self::choices::{DEPTH_DEFAULT, Fixed};
+pub(crate) use self::choices::{has_tiles_of, tile_bytes_for_any};
 pub use self::keeping::Keeping;
+pub use self::traffic::Traffic;
 use crate::config::{ConfigError, ModelConfig};
 use crate::home::SavedInput;
 use crate::layout::{ModelLayout, Unit, UnitLayout};
@@ -65,6 +73,8 @@ pub struct MemoryPlan {
     record_bytes: usize,
     accumulate: usize,
     layers: usize,
+    /// Whether the head computes with the embedding's weights.
+    has_tied_head: bool,
     input_elements: usize,
     holders: Vec<BlockClass>,
     keeping: Keeping,
@@ -107,65 +117,6 @@ fn mebibytes(bytes: usize) -> String {
     format!("{}MiB", bytes.div_ceil(1 << 20))
 }
 
-/// Depth of the pipeline when the user does not say.
-pub const DEPTH_DEFAULT: usize = 2;
-
-/// Longest tile, shortest tile that the disk still likes, and shortest tile at all, in elements.
-const TILE_ELEMENTS_MAX: usize = 1 << 20;
-const TILE_ELEMENTS_GOOD: usize = 1 << 16;
-const TILE_ELEMENTS_MIN: usize = 1 << 14;
-
-/// What is not for the plan to choose.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Fixed {
-    /// Depth of the pipeline.
-    pub depth: Option<usize>,
-    /// Bytes of a tile: those of the state that a run goes on from.
-    pub tile_bytes: Option<usize>,
-    /// The most that may stay in memory for good, in bytes, however much room there is.
-    pub resident_bytes_max: Option<usize>,
-}
-
-impl Fixed {
-    /// The depth only.
-    #[must_use]
-    pub fn depth(depth: Option<usize>) -> Self {
-        Self { depth, ..Self::default() }
-    }
-}
-
-/// Depths of the pipeline and lengths of tiles, which units of `longest` elements cap, the best first.
-fn candidates(fixed: Fixed, longest: usize) -> impl Iterator<Item = (usize, usize)> {
-    let Fixed { depth, tile_bytes, .. } = fixed;
-    let depths = move || depth.map_or(0..=DEPTH_DEFAULT, |depth| depth..=depth).rev();
-    let tiles = |longest: usize, shortest: usize| {
-        std::iter::successors(Some(longest), |tile| Some(tile / 2)).take_while(move |&tile| tile >= shortest)
-    };
-    let good = depths()
-        .flat_map(move |depth| tiles(TILE_ELEMENTS_MAX, TILE_ELEMENTS_GOOD).map(move |tile| (depth, tile)));
-    let short = depths().flat_map(move |depth| {
-        tiles(TILE_ELEMENTS_GOOD / 2, TILE_ELEMENTS_MIN).map(move |tile| (depth, tile))
-    });
-    let fits =
-        move |tile: usize| tile_bytes.is_none_or(|bytes| tile.min(longest) * size_of::<f32>() == bytes);
-    good.chain(short).filter(move |&(_, tile)| fits(tile))
-}
-
-/// Bytes of the tiles that a state is cut into before anybody knows the run: the shortest that the disk still likes, for
-/// which there is a plan in most budgets.
-pub(crate) fn tile_bytes_for_any(layout: &ModelLayout) -> usize {
-    let longest = layout.largest_unit_bytes() / size_of::<f32>();
-    TILE_ELEMENTS_GOOD.min(longest) * size_of::<f32>()
-}
-
-/// Whether there are plans with tiles of this length.
-pub(crate) fn has_tiles_of(layout: &ModelLayout, tile_bytes: usize) -> bool {
-    let longest = layout.largest_unit_bytes() / size_of::<f32>();
-    candidates(Fixed { depth: Some(0), tile_bytes: Some(tile_bytes), ..Fixed::default() }, longest)
-        .next()
-        .is_some()
-}
-
 /// What the store and the home take of the heap for a piece of weights, gradient and moments: names, extents, handles,
 /// what the update makes of them, and the manifest while it is written. A saved input takes no more. A test compares it
 /// with what the allocator sees.
@@ -185,8 +136,9 @@ fn process_bytes() -> usize {
 const THREAD_BYTES: usize = 4 << 20;
 
 impl MemoryPlan {
-    /// Finds the plan with the deepest pipeline, then the longest tiles, that fits the budget; tiles become shorter than
-    /// the disk likes only when no shallower pipeline helps.
+    /// Finds the plan with the deepest pipeline that fits the budget, and of those with good tiles the one that moves the
+    /// least in a step, with the shortest tiles if there are several; only when none of them fits, the longest of the short
+    /// tiles that do.
     ///
     /// `fixed` is what it may not choose; `held_bytes` is what is in memory beside: the training text, its tokenizer, and what
     /// more engines than one take.
@@ -201,20 +153,25 @@ impl MemoryPlan {
         held_bytes: usize,
         budget: usize,
     ) -> Result<Self, TooSmall> {
-        let longest = layout.largest_unit_bytes() / size_of::<f32>();
-        let plans = || {
-            let with = |(depth, tile)| Self::with(config, layout, shape, depth, tile, held_bytes);
-            // A tile that no plan has, as a damaged state may say, is none to keep to.
-            let any = Fixed { tile_bytes: None, ..fixed };
-            let chosen = if candidates(fixed, longest).next().is_some() { fixed } else { any };
-            candidates(chosen, longest).map(with)
+        let choices = Choices::new(fixed, layout);
+        let with = |depth, tile| Self::with(config, layout, shape, depth, tile, held_bytes);
+        let room = |plan: &Self| {
+            let room = Keeping::room(budget.checked_sub(plan.total_bytes())?);
+            Some(fixed.resident_bytes_max.map_or(room, |most| room.min(most)))
         };
-        if let Some(plan) = plans().find(|plan| plan.total_bytes() <= budget) {
-            let room = Keeping::room(budget - plan.total_bytes());
-            let room = fixed.resident_bytes_max.map_or(room, |most| room.min(most));
-            return Ok(plan.keep(layout, room));
+        for depth in choices.depths() {
+            let fitting = |&tile: &usize| {
+                let plan = with(depth, tile);
+                room(&plan).map(|room| plan.keep(layout, room))
+            };
+            let moved = |plan: &Self| plan.traffic(layout, Durability::None).bytes();
+            let good = choices.good.iter().rev().filter_map(fitting).min_by_key(moved);
+            if let Some(plan) = good.or_else(|| choices.short.iter().find_map(fitting)) {
+                return Ok(plan);
+            }
         }
-        let least = plans().min_by_key(Self::total_bytes).expect("there are depths and tiles to choose from");
+        let all = choices.depths().flat_map(|depth| choices.tiles().map(move |tile| with(depth, tile)));
+        let least = all.min_by_key(Self::total_bytes).expect("there are depths and tiles to choose from");
         // The first of the longest.
         let largest = layout.units().iter().rev().max_by_key(|unit| unit.padded).expect("a model has units");
         Err(TooSmall {
@@ -235,10 +192,10 @@ impl MemoryPlan {
         fixed: Fixed,
         held_bytes: usize,
     ) -> usize {
-        let longest = layout.largest_unit_bytes() / size_of::<f32>();
-        let plans = candidates(fixed, longest)
-            .map(|(depth, tile)| Self::with(config, layout, shape, depth, tile, held_bytes));
-        plans.map(|plan| plan.total_bytes()).min().unwrap_or(usize::MAX)
+        match Self::new(config, layout, shape, fixed, held_bytes, 0) {
+            Ok(plan) => plan.total_bytes(),
+            Err(refused) => refused.least,
+        }
     }
 
     fn with(
@@ -267,6 +224,7 @@ impl MemoryPlan {
             record_bytes: layout.longest_record_bytes(tile_elements),
             accumulate: shape.accumulate,
             layers: config.layers,
+            has_tied_head: config.tied,
             input_elements,
             holders: Vec::new(),
             keeping: Keeping::default(),
@@ -283,13 +241,11 @@ impl MemoryPlan {
 
     /// Keeps in memory what `room` bytes hold.
     fn keep(mut self, layout: &ModelLayout, room: usize) -> Self {
-        let (tile, input_bytes) = (self.tile_elements, self.input_bytes());
-        self.keeping = Keeping::choose(layout, tile, self.saved_inputs(), input_bytes, room);
-        self.kept_bytes = self.keeping.bytes(layout, tile, input_bytes);
+        (self.keeping, self.kept_bytes) = Keeping::choose(&self, layout, room);
         let units = layout.units().iter().zip(self.keeping.weights.iter().zip(&self.keeping.moments));
         for (unit, (&weights, &moments)) in units {
             let class = |name, block_bytes| BlockClass { name, block_bytes, count: 1 };
-            let records_bytes = layout.records_bytes(unit, tile);
+            let records_bytes = layout.records_bytes(unit, self.tile_elements);
             self.holders.extend(weights.then(|| class("weights that stay", layout.weights_bytes(unit))));
             let moments = moments && records_bytes > 0;
             self.holders.extend(moments.then(|| class("moments that stay", records_bytes)));
@@ -456,3 +412,6 @@ impl MemoryPlan {
         (self.input_elements * size_of::<f32>()).next_multiple_of(BLOCK_ALIGNMENT)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -200,7 +200,7 @@ impl Prepared {
             Residence::Memory => Durability::None,
             Residence::Storage(storage) => storage.durability,
         };
-        Forecast::new(&self.config, &self.layout, &self.plan, durability)
+        Forecast::new(&self.layout, &self.plan, durability)
     }
 }
 
