@@ -220,6 +220,19 @@ def test_tensors_with_gaps_are_moved_as_their_elements(handle, tmp_path):
     assert torch.equal(back, tensor)
 
 
+def test_what_torch_has_yet_to_conjugate_or_negate_is_moved_as_its_numbers(handle, tmp_path):
+    numbers = torch.randn(600, dtype=torch.complex64)
+    for lazy in (numbers.conj(), torch._neg_view(numbers.real.clone())):
+        assert lazy.is_contiguous() and (lazy.is_conj() or lazy.is_neg())
+        handle.sync_pwrite(lazy, tmp_path / "file")
+        plain = torch.empty(lazy.shape, dtype=lazy.dtype)
+        handle.sync_pread(plain, tmp_path / "file")
+        assert torch.equal(plain, lazy)
+        lazy.zero_()
+        handle.sync_pread(lazy, tmp_path / "file")
+        assert torch.equal(plain, lazy)
+
+
 def test_a_parameter_is_read_in_place(handle, tmp_path):
     parameter = torch.nn.Parameter(torch.zeros(100))
     handle.sync_pwrite(torch.ones(100), tmp_path / "file")
@@ -389,6 +402,10 @@ def test_memory_returns_when_the_last_tensor_is_gone(handle):
 def test_more_memory_than_there_is_is_refused(handle):
     with pytest.raises(errors.MemoryBudgetError):
         handle.new_cpu_locked_tensor(1 << 60, torch.empty(0, dtype=torch.uint8))
+    with pytest.raises(errors.MemoryBudgetError):
+        handle.new_cpu_locked_tensor(1 << 66, torch.empty(0))
+    with pytest.raises(errors.ArgumentError):
+        handle.new_cpu_locked_tensor(-1, torch.empty(0))
 
 
 # Failures.
@@ -459,8 +476,10 @@ def test_what_cannot_be_moved_is_refused(handle, tmp_path):
     path = tmp_path / "file"
     with pytest.raises(AttributeError):
         handle.async_pwrite(b"bytes", path)
-    with pytest.raises(NotImplementedError):
-        handle.async_pwrite(torch.empty(5, device="meta"), path)
+    for lost in (torch.empty(5, device="meta"), torch.eye(5).to_sparse()):
+        for call in (handle.async_pwrite, handle.async_pread):
+            with pytest.raises(errors.UnsupportedError):
+                call(lost, path)
     path.write_bytes(bytes(512))
     for offset, error in ((-1, errors.ArgumentError), ((1 << 63) - 5, errors.ArgumentError), (1 << 62, errors.EndOfFileError)):
         with pytest.raises(error):

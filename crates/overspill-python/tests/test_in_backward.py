@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import overspill
-from overspill.errors import ArgumentError, UnsupportedError
+from overspill.errors import ArgumentError, StateError, UnsupportedError
 from support import SMALL, assert_same
 
 
@@ -60,6 +60,22 @@ def test_in_backward_refuses_what_needs_all_gradients(swap_dir):
     optimizer.close()
     model(torch.ones(1, 128)).sum().backward()
     assert all(p.grad is not None for p in model.parameters()), "a closed optimizer watches nothing"
+
+
+@pytest.mark.parametrize("memory", ["5MiB", "64MiB"])
+def test_a_second_backward_before_a_step_is_refused_at_any_size(memory, swap_dir):
+    model, x = layers(), torch.ones(1, 128)
+    optimizer = overspill.AdamW(
+        model.parameters(), swap_dir=swap_dir, in_backward=True, memory=memory, resident=0
+    )
+    model(x).sum().backward()
+    with pytest.raises(StateError, match=r"before step\(\)"):
+        model(x).sum().backward()
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    optimizer.step()
+    model(x).sum().backward()
+    optimizer.step()
 
 
 def test_parameters_do_not_keep_the_optimizer(swap_dir):

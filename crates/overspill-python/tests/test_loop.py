@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import warnings
 
 import pytest
@@ -246,6 +248,56 @@ def test_clipping_in_the_pass_is_clipping_before_it(swap_dir):
         assert optimizer.grad_norm == pytest.approx(float(norm), rel=1e-5)
         for a, b in zip(ours, theirs):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_clipping_spreads_what_is_no_number_as_torch_does(bad, swap_dir):
+    ours, optimizer, theirs, reference = pair("AdamW", swap_dir, options={"lr": 0.01}, max_norm=0.5)
+    set_gradients(0, ours, theirs)
+    for model in (ours, theirs):
+        model[0].grad[1, 2] = bad
+    torch.nn.utils.clip_grad_norm_(theirs, 0.5, foreach=False)
+    optimizer.step()
+    reference.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_signs_that_torch_has_yet_to_turn_are_turned(swap_dir, exact_sqrt):
+    ours, optimizer, theirs, reference = pair("AdamW", swap_dir, [(40,), (30,)])
+    values = torch.randn(40)
+    ours[0].data, theirs[0].data = torch._neg_view(values.clone()), -values
+    assert ours[0].is_neg()
+    for step in range(3):
+        set_gradients(step, ours, theirs)
+        ours[1].grad, theirs[1].grad = torch._neg_view(ours[1].grad), -theirs[1].grad
+        optimizer.step()
+        reference.step()
+        assert_same([p.detach().resolve_neg() for p in ours], theirs)
+    state, gradient = optimizer.get_state(ours[0]), torch.randn(40)
+    optimizer.set_state(ours[0], {**state, "exp_avg": torch._neg_view(gradient.clone())})
+    assert torch.equal(optimizer.get_state(ours[0])["exp_avg"], -gradient)
+
+
+def unaligned(x):
+    """The same numbers, one byte away from where fp32 is aligned."""
+    moved = torch.frombuffer(bytearray(x.nbytes + 1), dtype=x.dtype, count=x.numel(), offset=1).view(x.shape)
+    return moved.copy_(x)
+
+
+@pytest.mark.parametrize("swap", [{}, {"max_norm": 1e9}])
+def test_memory_that_is_not_aligned_is_taken(swap, swap_dir, exact_sqrt):
+    ours, optimizer, theirs, reference = pair("AdamW", swap_dir, [(40,), (5, 6)], **swap)
+    ours[0].data = unaligned(ours[0].data)
+    for step in range(3):
+        set_gradients(step, ours, theirs)
+        ours[1].grad = unaligned(ours[1].grad)
+        optimizer.step()
+        reference.step()
+        assert_same(ours, theirs)
+    state = optimizer.get_state(ours[1])
+    optimizer.set_state(ours[1], {name: unaligned(x) if x.dim() else x for name, x in state.items()})
+    assert all(torch.equal(x, state[name]) for name, x in optimizer.get_state(ours[1]).items())
 
 
 def test_torchs_own_clipping_works(swap_dir, exact_sqrt):

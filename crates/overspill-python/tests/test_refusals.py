@@ -31,6 +31,24 @@ def test_what_cannot_be_updated_is_refused(swap_dir):
     assert issubclass(UnsupportedError, TypeError) and not swap_dir.exists()
 
 
+def test_parameters_that_became_others_are_refused(swap_dir):
+    (p,) = parameters([(6, 4)])
+    optimizer = overspill.Adafactor([p], swap_dir=swap_dir, **SMALL)
+    p.data = p.data.double()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(UnsupportedError, match="float64"):
+        optimizer.step()
+    p.grad, p.data = None, p.data.float()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.grad, p.data = None, p.data.view(4, 6)
+    p.grad = torch.ones_like(p)
+    before = p.detach().clone()
+    with pytest.raises(ArgumentError, match=r"shape \(4, 6\) now"):
+        optimizer.step()
+    assert_same([p], [before])
+
+
 def test_sparse_gradients_are_refused_before_anything_changes(swap_dir):
     embedding = torch.nn.Embedding(10, 4, sparse=True)
     (dense,) = parameters([(5,)])
@@ -104,6 +122,9 @@ def test_memory_is_told_in_any_unit():
     }.items():
         assert bytes_of("memory", text) == count
     assert bytes_of("memory", 12) == 12
+    for more in (1 << 70, "99999999999TiB"):
+        with pytest.raises(ArgumentError, match="any machine"):
+            bytes_of("memory", more)
 
 
 def test_too_little_memory_names_the_least_that_would_do(swap_dir):

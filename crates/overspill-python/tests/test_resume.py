@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -126,6 +127,32 @@ def test_what_cannot_be_gone_on_from_is_told(swap_dir):
     with pytest.raises(ArgumentError, match="cannot be changed"):
         overspill.AdamW.resume(parameters(), swap_dir, moments="8bit")
     overspill.AdamW.resume(ours, swap_dir, **SMALL).close()
+
+
+def test_named_parameters_in_another_order_are_told(swap_dir):
+    a, b = parameters([(6,), (6,)])
+    optimizer = overspill.AdamW([("a", a), ("b", b)], swap_dir=swap_dir, **SMALL)
+    optimizer.commit()
+    optimizer.close()
+    before = [p.detach().clone() for p in (a, b)]
+    with pytest.raises(StateError, match="another order"):
+        overspill.AdamW.resume([("b", b), ("a", a)], swap_dir, **SMALL)
+    assert_same([a, b], before)
+    overspill.AdamW.resume([("x.a", a), ("x.b", b)], swap_dir, **SMALL).close()
+    overspill.AdamW.resume([a, b], swap_dir, **SMALL).close()
+
+
+@pytest.mark.parametrize("kind", [lambda x: torch.tensor([x]), torch.tensor, numpy.float32, numpy.float64])
+def test_a_rate_of_any_kind_is_committed_as_a_number(kind, swap_dir):
+    ours, optimizer, _, _ = pair("AdamW", swap_dir, options={"lr": 0.5})
+    optimizer.param_groups[0]["lr"] = kind(0.25)
+    set_gradients(0, ours)
+    optimizer.step()
+    optimizer.commit()
+    optimizer.close()
+    resumed = overspill.AdamW.resume(ours, swap_dir, **SMALL)
+    assert resumed.param_groups[0]["lr"] == 0.25
+    resumed.step()
 
 
 def test_without_durability_there_is_no_commit(swap_dir):

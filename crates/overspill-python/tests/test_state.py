@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 
 import pytest
@@ -140,6 +141,13 @@ def test_a_loaded_state_is_all_there_is(swap_dir, exact_sqrt):
         assert_same(ours, theirs)
 
 
+def with_first(optimizer, name, value):
+    """The optimizer's state, with another value in its first parameter's."""
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0][name] = value
+    return state
+
+
 def test_a_state_that_does_not_fit_changes_nothing(swap_dir):
     ours, optimizer, theirs, reference = pair("AdamW", swap_dir)
     set_gradients(0, ours, theirs)
@@ -157,6 +165,9 @@ def test_a_state_that_does_not_fit_changes_nothing(swap_dir):
         (wrong, "'exp_avg' of parameter 0 has shape"),
         ({**other.state_dict(), "param_groups": reference.state_dict()["param_groups"]}, "not that of AdamW"),
         (fewer, "groups of"),
+        *((with_first(reference, "step", steps), "number of steps") for steps in (-1, math.nan, math.inf, 1e30, "x")),
+        (with_first(reference, "exp_avg", torch.zeros(37, 53).to_sparse()), "no dense tensor"),
+        (with_first(reference, "exp_avg", torch.zeros(37, 53, dtype=torch.complex64)), "no dense tensor"),
     ]:
         with pytest.raises(ArgumentError, match=message):
             optimizer.load_state_dict(state)

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Union
 import torch
 
 from overspill import _native
-from overspill.errors import UnsupportedError
+from overspill.errors import ArgumentError, MemoryBudgetError, UnsupportedError
 
 __all__ = ["aio_handle"]
 
@@ -268,8 +268,17 @@ _warned: set[str] = set()
 
 
 def pinned_tensor(num_elem: int, dtype: torch.dtype) -> torch.Tensor:
-    """A pinned tensor of ``num_elem`` elements, whose contents are anything."""
+    """A pinned tensor of ``num_elem`` elements, whose contents are anything.
+
+    Raises:
+        ArgumentError: for a negative number.
+        MemoryBudgetError: the system has not as much memory.
+    """
     num_elem = int(num_elem)
+    if num_elem < 0:
+        raise ArgumentError(f"num_elem is {num_elem}, but must not be negative")
+    if num_elem * dtype.itemsize >= 1 << 63:
+        raise MemoryBudgetError(f"no system has memory for {num_elem} elements of {dtype}")
     if num_elem == 0:
         return torch.empty(0, dtype=dtype)
     memory = _native.Pinned(num_elem * dtype.itemsize)
@@ -292,10 +301,14 @@ def _name(file: File) -> str | int:
 
 def _on_host(buffer: torch.Tensor, write: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What is moved, and what has to be copied from it when it has been read."""
-    if buffer.device.type == "cpu" and buffer.is_contiguous():
+    if buffer.layout is not torch.strided or buffer.device.type == "meta":
+        raise UnsupportedError("tensors without contents, and those that are not dense, cannot be moved")
+    # Of these, torch has yet to turn the signs: the bytes are others than the numbers'.
+    is_lazy = buffer.is_conj() or buffer.is_neg()
+    if buffer.device.type == "cpu" and buffer.is_contiguous() and not is_lazy:
         return buffer, None
     if write:
-        return buffer.detach().to("cpu").contiguous(), None
+        return buffer.detach().to("cpu").resolve_conj().resolve_neg().contiguous(), None
     host = pinned_tensor(buffer.numel(), buffer.dtype).view(buffer.shape)
     return host, buffer.detach()
 

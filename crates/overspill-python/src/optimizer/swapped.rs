@@ -346,7 +346,8 @@ impl Swapped {
     fn check_weight(&self, index: usize, weight: &Tensor) -> Result<&Parameter, Error> {
         let parameter = self.parameters.get(index).ok_or_else(|| self.no_parameter(index))?;
         if weight.dtype() != parameter.dtype || weight.numel() != parameter.numel {
-            let message = format!("{} has another type or another number of elements now", parameter.name);
+            let message =
+                format!("parameter {} has another type or another number of elements now", parameter.name);
             return Err(Error::Argument(message));
         }
         Ok(parameter)

@@ -1,7 +1,8 @@
 """Steps while backward runs: gradients leave memory as they appear.
 
 A hook behind each parameter's gradient collects parameters; as soon as their state is worth a pass of a few tiles, one
-native step updates them and drops their gradients. ``step()`` finishes what is left.
+native step updates them and drops their gradients. ``step()`` finishes what is left. A second gradient before that is
+refused: how many updates it would be depended on what fits in a pass.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from overspill.errors import StateError
 
 if TYPE_CHECKING:
     from overspill.optim.core import Core
@@ -32,6 +35,7 @@ class InBackward:
         self._optimizer = weakref.ref(optimizer)
         self._pending: set[Known] = set()
         self._pending_bytes = 0
+        self._arrived_since_step: set[Known] = set()
         self._due_bytes: int | None = None
         self._sizes: dict[Known, int] = {}
         self._handles: list[Any] = []
@@ -52,14 +56,22 @@ class InBackward:
 
     def finish(self) -> None:
         """Updates all that have a gradient, and drops it."""
-        self._step(None)
+        try:
+            self._step(None)
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """Begins anew: nothing has arrived."""
+        self._pending, self._pending_bytes = set(), 0
+        self._arrived_since_step = set()
 
     def close(self) -> None:
         """Watches no more."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._pending.clear()
+        self.forget()
 
     def _arrived(self, parameter: Tensor) -> None:
         optimizer = self._optimizer()
@@ -67,6 +79,12 @@ class InBackward:
             return
         with optimizer._lock:
             known = optimizer._known[parameter]
+            if known in self._arrived_since_step:
+                raise StateError(
+                    f"a second gradient of parameter {known.name} has arrived before step(): with in_backward=True each "
+                    "backward() is followed by step(), and gradients cannot be accumulated"
+                )
+            self._arrived_since_step.add(known)
             self._pending.add(known)
             self._pending_bytes += self._size(optimizer, known)
             if self._due_bytes is None:

@@ -21,7 +21,7 @@ from overspill.optim.core import Core, bump_versions
 from overspill.optim.interrupt import uninterrupted
 from overspill.optim.options import Bytes, Directories, directories_of, is_committed
 from overspill.optim.staging import Staging
-from overspill.optim.state import export_state, fields_of, import_state, step_tensor
+from overspill.optim.state import export_state, fields_of, import_state, step_tensor, steps_of
 
 if TYPE_CHECKING:
     from overspill.optim.table import Known
@@ -44,7 +44,8 @@ class SwappedOptimizer(Core):
         moments: how moments are stored: ``"float32"``, ``"bfloat16"``, or ``"8bit"``.
         stochastic_rounding: bf16 parameters have no fp32 masters, and are rounded at random.
         max_norm: all gradients together are clipped to this 2-norm, in the same pass; :attr:`grad_norm` is what it was.
-        in_backward: parameters are updated while backward runs, and their gradients freed.
+        in_backward: parameters are updated while backward runs, and their gradients freed; one ``backward()`` to a
+            ``step()``.
         durability: ``"step"`` to be able to commit, or ``"none"`` for half the room.
         backend: ``"auto"``, ``"io_uring"``, ``"aio"`` or ``"threads"``.
         resident: the most of the state that stays in memory, in bytes or as text; ``None`` for as much as fits.
@@ -181,7 +182,7 @@ class SwappedOptimizer(Core):
             fields: dict[str, Tensor] | None
             fields = fields_of(native, known, state, type(self).__name__) if known.is_native else {}
             if fields is not None:
-                given.append((known, fields, int(state.get("step", 1))))
+                given.append((known, fields, steps_of(known, state)))
         return given
 
     def get_state(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -211,11 +212,12 @@ class SwappedOptimizer(Core):
         if fields is None:
             self.purge(parameter)
             return
+        steps = steps_of(known, state)
         with uninterrupted():
             if known.is_native:
                 import_state(native, [(known, fields)])
                 bump_versions([parameter])
-            known.steps = int(state.get("step", 1))
+            known.steps = steps
 
     def purge(self, parameter: Tensor) -> None:
         """Drops the state of one parameter: its next step is its first."""
@@ -328,13 +330,18 @@ class SwappedOptimizer(Core):
     def _open(self, found: Mapping[str, Any]) -> None:
         record.restore_groups(self, found, self._directories[0])
         by_position = {known.position: known for known in self._known.values()}
+        names = [by_position[place].name for place in found["places"] if place in by_position]
+        if names != found["names"] and sorted(names) == sorted(found["names"]):
+            raise StateError(
+                f"{self._directories[0]} has the same parameters in another order: give them as they were committed"
+            )
         for number, (position, name) in enumerate(zip(found["places"], found["names"])):
             known = by_position.get(position)
             if known is None:
                 raise StateError(
                     f"{self._directories[0]} has state of a parameter at place {position}, and there is none"
                 )
-            known.number, known.name = number, name
+            known.number, known.name, known.shape = number, name, known.parameter.shape
             self._by_number.append(known)
         specs = []
         for index, group in enumerate(self.param_groups):

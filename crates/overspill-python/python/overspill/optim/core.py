@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from overspill._native import Optimizer as Native
 from overspill._native import norm
-from overspill.errors import StateError, UnsupportedError
+from overspill.errors import ArgumentError, StateError, UnsupportedError
 from overspill.optim.backward import InBackward
 from overspill.optim.interrupt import uninterrupted
 from overspill.optim.options import Directories, SwapConfig, directories_of, refuse_occupied, remove_empty
-from overspill.optim.staging import Staging
+from overspill.optim.staging import Staging, is_plain
 from overspill.optim.state import StateView
 from overspill.optim.table import DTYPES, Known
 
@@ -169,6 +169,13 @@ class Core(torch.optim.Optimizer):
                 self.prefetch()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops all gradients, as torch's. With ``in_backward=True``, what backward has not used is forgotten."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            with self._lock:
+                self._in_backward.forget()
+
     def _refuse_in_backward(self, what: str) -> None:
         if self._in_backward is not None:
             raise UnsupportedError(
@@ -189,6 +196,11 @@ class Core(torch.optim.Optimizer):
                 known = self._known.get(parameter)
                 if known is None:
                     raise StateError(f"group {index} was given parameters by hand: use add_param_group()")
+                if known.shape is not None and parameter.shape != known.shape:
+                    raise ArgumentError(
+                        f"parameter {known.name} has shape {tuple(parameter.shape)} now, and its state is for "
+                        f"{tuple(known.shape)}"
+                    )
                 if known in work or (only is not None and known not in only):
                     continue
                 if gradient.layout is not torch.strided:
@@ -251,12 +263,14 @@ class Core(torch.optim.Optimizer):
         """What clips the scaled gradients' norm, as ``torch.nn.utils.clip_grad_norm_`` has it."""
         direct, squared = [], 0.0
         for gradient in gradients:
-            if gradient.device.type == "cpu" and gradient.is_contiguous():
+            if is_plain(gradient):
                 direct.append(gradient)
             else:
                 squared += float(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64)) ** 2
         self.grad_norm = (norm(direct) ** 2 + squared) ** 0.5 * scale
-        return min(1.0, max_norm / (self.grad_norm + 1e-6))
+        factor = max_norm / (self.grad_norm + 1e-6)
+        # In this order: of a gradient that is no number, all that is clipped by it is none, as in torch.
+        return 1.0 if factor > 1.0 else factor
 
     # The native object.
 
@@ -270,6 +284,9 @@ class Core(torch.optim.Optimizer):
         if native is not None and not places:
             return native
         new = sorted(places, key=lambda known: known.position)
+        for known in new:
+            # It may have become another since it joined.
+            _check_parameter(known.parameter)
         rules: dict[Tensor, tuple[int, str]] = {}
         for index, group in enumerate(self.param_groups):
             rules.update(dict.fromkeys(group["params"], (index, self._rule(group))))
@@ -282,7 +299,7 @@ class Core(torch.optim.Optimizer):
             else:
                 native.extend(specs)
             for known in new:
-                known.number = len(self._by_number)
+                known.number, known.shape = len(self._by_number), known.parameter.shape
                 self._by_number.append(known)
                 self._rules.setdefault(*rules[known.parameter])
         return native

@@ -133,13 +133,19 @@ def bytes_of(name: str, value: Bytes) -> int:
         ArgumentError: for anything else.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
+        return _within(name, value, value)
     found = (
         re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
     )
     if found is None or found[2] not in _UNITS:
         raise ArgumentError(f'{name} is a number of bytes, or text like "512MiB" or "8GB", not {value!r}')
-    return int(float(found[1]) * _UNITS[found[2]])
+    return _within(name, value, int(float(found[1]) * _UNITS[found[2]]))
+
+
+def _within(name: str, value: Bytes, count: int) -> int:
+    if count >= 1 << 63:
+        raise ArgumentError(f"{name} is more than any machine has: {value!r}")
+    return count
 
 
 def directories_of(swap_dir: Directories) -> tuple[str, ...]:
@@ -180,7 +186,8 @@ def refuse_occupied(paths: Sequence[str]) -> None:
             )
         if {"lock", "volume"} <= set(names):
             raise StateError(
-                f"{path} belongs to a run that is still going, or that ended without a commit; what is left of the latter, "
+                f"{path} belongs to a run that is still going (if it is this program's: close() its optimizer first), or "
+                f"that ended without a commit; what is left of the latter, "
                 f"`overspill gc --remove {os.path.dirname(path)}` removes"
             )
         if names:

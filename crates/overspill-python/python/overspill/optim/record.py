@@ -102,8 +102,14 @@ def config(found: Mapping[str, Any], given: Mapping[str, Any]) -> SwapConfig:
 
 
 def _plain(what: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    values = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in options.items()}
-    return {k: _checked(f"{what}: {k}", v) for k, v in values.items()}
+    return {k: _checked(f"{what}: {k}", _plain_value(v)) for k, v in options.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    """A number as Python has it, of torch's and numpy's too; everything else as it is."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _checked(what: str, value: Any) -> Any:

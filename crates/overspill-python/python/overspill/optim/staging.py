@@ -1,8 +1,9 @@
-"""Copies in the processor's memory of what is not there, or not contiguous.
+"""Copies in the processor's memory of what is not there, or not as its numbers are.
 
-A weight or a gradient on another device is copied to pinned memory, a strided one to a contiguous tensor; after the
-native call, weights are copied back. The copies of one native call are bounded by :data:`STAGED_BYTES`, but for a single
-parameter that is longer. Parameters on a CUDA device take this way; it has been run on processors only.
+A weight or a gradient on another device is copied to pinned memory, one that is strided, not aligned, or whose signs torch
+has yet to turn to a plain tensor; after the native call, weights are copied back. The copies of one native call are bounded
+by :data:`STAGED_BYTES`, but for a single parameter that is longer. Parameters on a CUDA device take this way; it has been
+run on processors only.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["STAGED_BYTES", "Staging"]
+__all__ = ["STAGED_BYTES", "Staging", "is_plain"]
 
 STAGED_BYTES = 256 << 20
 """Bytes of copies after which a native call is due."""
@@ -26,7 +27,7 @@ class Staging:
 
     def weight(self, parameter: Tensor, *, filled: bool = True) -> Tensor:
         """The parameter, or a copy that :meth:`write_back` copies back; not ``filled``: with any contents."""
-        if parameter.device.type == "cpu" and parameter.is_contiguous():
+        if is_plain(parameter):
             return parameter
         copy = self._like(parameter)
         if filled:
@@ -36,7 +37,7 @@ class Staging:
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """The gradient, or a copy."""
-        if gradient.device.type == "cpu" and gradient.is_contiguous():
+        if is_plain(gradient):
             return gradient
         copy = self._like(gradient)
         copy.copy_(gradient.detach(), non_blocking=True)
@@ -66,3 +67,13 @@ class Staging:
         if is_cuda:
             self._devices.add(tensor.device)
         return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device="cpu", pin_memory=is_cuda)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its bytes are its numbers, aligned and one after the other, in the processor's memory."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and tensor.data_ptr() % tensor.element_size() == 0
+    )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from overspill.errors import ArgumentError, DiskFullError, StorageError
-from overspill.optim.staging import Staging
+from overspill.optim.staging import Staging, is_plain
 
 if TYPE_CHECKING:
     from overspill._native import Optimizer as Native
@@ -37,6 +37,7 @@ __all__ = [
     "fields_of",
     "import_state",
     "step_tensor",
+    "steps_of",
 ]
 
 BATCH_BYTES = 64 << 20
@@ -44,6 +45,8 @@ BATCH_BYTES = 64 << 20
 
 _ALIGNMENT = 64
 _F32_BYTES = 4
+# Where numbers of double precision end to tell one step from the next.
+_STEPS_END = 1 << 53
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -152,7 +155,7 @@ def fields_of(native: Native, known: Known, state: Mapping[str, Any], owner: str
     """The tensors of a saved state that belong to a parameter; ``None`` if there are none.
 
     Raises:
-        ArgumentError: when one is missing, or has another shape.
+        ArgumentError: when one is missing, has another shape, or is sparse or complex.
     """
     found = {}
     for name, shape in native.fields(known.number):
@@ -170,8 +173,26 @@ def fields_of(native: Native, known: Known, state: Mapping[str, Any], owner: str
             raise ArgumentError(
                 f"{name!r} of parameter {known.name} has shape {tuple(shape)}, and {got} was given"
             )
+        if value.layout is not torch.strided or value.is_complex():
+            raise ArgumentError(f"{name!r} of parameter {known.name} is no dense tensor of real numbers")
         found[name] = value
     return found
+
+
+def steps_of(known: Known, state: Mapping[str, Any]) -> int:
+    """The steps that a saved state has; 1 if it does not say.
+
+    Raises:
+        ArgumentError: when it is no number of steps.
+    """
+    given = state.get("step", 1)
+    try:
+        steps = int(given)
+    except (TypeError, ValueError, OverflowError):
+        steps = -1
+    if not 0 <= steps < _STEPS_END:
+        raise ArgumentError(f"'step' of parameter {known.name} is a number of steps, not {given!r}")
+    return steps
 
 
 def import_state(native: Native, given: Iterable[tuple[Known, Mapping[str, Tensor]]]) -> None:
@@ -195,7 +216,8 @@ def import_state(native: Native, given: Iterable[tuple[Known, Mapping[str, Tenso
 
 
 def _as_f32(x: Tensor) -> Tensor:
-    return x.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    x = x.detach().to(device="cpu", dtype=torch.float32)
+    return x if is_plain(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _batches(sized: list[tuple[T, list[Field]]]) -> Iterator[list[tuple[T, list[Field]]]]:

@@ -13,7 +13,7 @@ DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float
 class Known:
     """A parameter, its places, and its steps."""
 
-    __slots__ = ("name", "number", "parameter", "position", "steps")
+    __slots__ = ("name", "number", "parameter", "position", "shape", "steps")
 
     def __init__(self, parameter: Tensor, position: int, name: str) -> None:
         self.parameter = parameter
@@ -22,6 +22,8 @@ class Known:
         self.name = name
         self.number: int = -1
         """Its number on the native side; -1 until it has one, which it gets when it first can have a gradient."""
+        self.shape: tuple[int, ...] | None = None
+        """The shape that its state was made for; ``None`` until it has a place."""
         self.steps = 0
 
     @property
