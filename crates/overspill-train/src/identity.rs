@@ -57,6 +57,8 @@ pub struct ModelOrigin {
 const STEP: &str = "step";
 const TILE_BYTES: &str = "tile_bytes";
 const RECIPE: &str = "recipe";
+/// Has what an optimizer swapper commits, which a run's state has not.
+const OPTIMIZER: &str = "optimizer";
 const LOSS_SCALE: &str = "loss_scale";
 const RUN: &str = "run";
 const CONFIG: &str = "config";
@@ -209,9 +211,14 @@ impl ModelOrigin {
     /// The model of the state that was committed with `meta` to the store in `path`.
     ///
     /// # Errors
-    /// [`TrainError::NoOrigin`] if it does not say.
+    /// [`TrainError::NoOrigin`] if it does not say, [`TrainError::NotAState`] for the state of an optimizer alone.
     pub(crate) fn of(path: &Path, meta: &Value) -> Result<Self, TrainError> {
         let Some(config) = meta[CONFIG].as_object() else {
+            if meta[OPTIMIZER].is_object() {
+                let reason = "it is the state of an optimizer, whose model is elsewhere: resume it in Python"
+                    .to_owned();
+                return Err(TrainError::NotAState { path: path.to_owned(), reason });
+            }
             return Err(TrainError::NoOrigin { path: path.to_owned() });
         };
         Ok(Self { config: config.clone(), tokenizer: meta[TOKENIZER].as_str().map(PathBuf::from) })
@@ -322,6 +329,8 @@ mod tests {
         ));
         let old = Identity::default().with("--seed", &1).meta(&after(3), 4096, single_precision_adamw());
         assert!(matches!(ModelOrigin::of(path, &old), Err(TrainError::NoOrigin { .. })));
+        let optimizer = json!({ "optimizer": { "digest": "0" }, "meta": null });
+        assert!(matches!(ModelOrigin::of(path, &optimizer), Err(TrainError::NotAState { .. })));
     }
 
     #[test]
