@@ -37,8 +37,9 @@ def answer(parameters, prepare, optimizer_step, settle=lambda: {}):
     """Takes a step for every line that is read, and says what it took."""
     print(json.dumps({"parameters": parameters}), flush=True)
     for _ in sys.stdin:
+        before = peers.moved()
         prepare()
-        before, started = peers.moved(), time.perf_counter()
+        started = time.perf_counter()
         optimizer_step()
         seconds = time.perf_counter() - started
         more = settle()
@@ -128,7 +129,7 @@ def main():
     parser = argparse.ArgumentParser(prog="bench/peers/run optimizer", description=__doc__.split("\n")[0])
     parser.add_argument("--dir", default=".", help="existing directory on the disk to measure")
     parser.add_argument("--parameters", type=int, default=55_000_000, help="number of parameters, about")
-    parser.add_argument("--memory", default="96MiB", help="the budget of overspill's state")
+    parser.add_argument("--memory", default="256MiB", help="the budget of overspill's state")
     parser.add_argument("--pairs", type=int, default=5, help="how many times each side is measured, in turns")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()), help="threads of all sides")
     parser.add_argument("--overhead", action="store_true", help="only the share of a step that Python takes")

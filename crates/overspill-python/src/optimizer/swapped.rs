@@ -200,9 +200,9 @@ impl Swapped {
         Ok(self.swapper.as_mut().ok_or(OptimizerError::Lost)?.prefetch()?)
     }
 
-    /// Waits for every write.
+    /// Waits for every write; what is being loaded for the next step stays under way.
     pub(super) fn settle(&mut self) -> Result<(), Error> {
-        Ok(self.swapper.as_mut().ok_or(OptimizerError::Lost)?.settle()?)
+        Ok(self.swapper.as_mut().ok_or(OptimizerError::Lost)?.pre_backward()?)
     }
 
     /// The moments of a parameter, and whether it has a master.

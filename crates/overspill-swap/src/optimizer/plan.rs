@@ -20,7 +20,8 @@ pub struct PlanOptions {
     pub memory_bytes: usize,
     /// The most that may stay in memory, in bytes, however much of it there is; `None` for as much as fits.
     pub kept_bytes_max: Option<usize>,
-    /// Tiles that load ahead, and tiles that store behind; as many as fit, up to [`DEPTH_DEFAULT`], when not given.
+    /// Tiles that load ahead, and tiles that store behind; as many as fit, up to [`DEPTH_DEFAULT`], when not given, and more
+    /// where memory is left that may not keep state.
     pub depth: Option<usize>,
     /// Bytes of a tile; [`TILE_BYTES_DEFAULT`] or less, as the memory allows, when not given.
     pub tile_bytes: Option<usize>,
@@ -33,6 +34,9 @@ pub const DEPTH_DEFAULT: usize = 4;
 
 /// The part of the memory that the pipeline takes at most, as long as there are shorter tiles and something to keep.
 const PIPELINE_PART: usize = 3;
+
+/// The same when memory is left that may not keep state.
+const DEPTH_MAX: usize = 32;
 
 /// Longest and shortest tile when nobody says, in bytes.
 pub const TILE_BYTES_DEFAULT: usize = 8 << 20;
@@ -132,6 +136,9 @@ impl OptimizerPlan {
             }
             if let Some((mut plan, moving)) = found {
                 plan.keep((memory_bytes - moving).min(kept_bytes_max));
+                if options.depth.is_none() && options.kept_bytes_max.is_some() {
+                    plan.deepen(memory_bytes);
+                }
                 return Ok(plan);
             }
         }
@@ -142,6 +149,18 @@ impl OptimizerPlan {
     fn keep(&mut self, bytes: usize) {
         let lengths: Vec<usize> = (0..self.tiles.len()).map(|index| self.keeping_bytes(index)).collect();
         self.kept = spread(&lengths, bytes);
+    }
+
+    /// Spends memory that may not keep state on loading and storing more of it at a time: what is loaded before a pass
+    /// begins, and stored after it has ended, takes no time of it.
+    fn deepen(&mut self, memory_bytes: usize) {
+        while self.depth < DEPTH_MAX.min(self.tiles.len()) {
+            self.depth += 1;
+            if self.total_bytes() > memory_bytes {
+                self.depth -= 1;
+                return;
+            }
+        }
     }
 
     /// Bytes that a tile takes for good, with its gradient.
@@ -295,6 +314,30 @@ mod tests {
             let all: usize = specs.iter().map(|spec| spec.numel * 10).sum();
             assert!(kept >= all, "{kept} of {all}");
         }
+    }
+
+    #[test]
+    fn memory_that_may_not_keep_state_loads_and_stores_more_of_it_at_a_time() {
+        let specs = specs(20);
+        let plan = |mib: usize, kept_bytes_max| {
+            let options = PlanOptions {
+                memory_bytes: mib << 20,
+                kept_bytes_max,
+                depth: None,
+                tile_bytes: Some(1 << 20),
+                gradient_bytes: None,
+            };
+            OptimizerPlan::new(&specs, &options).unwrap()
+        };
+        let mut depth = 0;
+        for mib in (4..120).chain([1000]) {
+            let plan = plan(mib, Some(0));
+            assert!(plan.total_bytes() <= mib << 20 && plan.kept_bytes() == 0);
+            assert!(plan.depth() >= depth, "{mib} MiB: {} after {depth}", plan.depth());
+            depth = plan.depth();
+        }
+        assert_eq!(depth, DEPTH_MAX);
+        assert_eq!(plan(60, None).depth(), DEPTH_DEFAULT);
     }
 
     #[test]
