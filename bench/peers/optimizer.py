@@ -36,15 +36,18 @@ def layers_of(arguments):
 def answer(parameters, prepare, optimizer_step, settle=lambda: {}):
     """Takes a step for every line that is read, and says what it took."""
     print(json.dumps({"parameters": parameters}), flush=True)
+    # What one step has begun to load for the next counts for the next.
+    before = peers.moved()
     for _ in sys.stdin:
-        before = peers.moved()
         prepare()
         started = time.perf_counter()
         optimizer_step()
         seconds = time.perf_counter() - started
         more = settle()
         settled = time.perf_counter() - started
-        found = {"seconds": seconds, "settled": settled, "bytes": peers.moved() - before, "peak": peers.peak_bytes()}
+        after = peers.moved()
+        found = {"seconds": seconds, "settled": settled, "bytes": after - before, "peak": peers.peak_bytes()}
+        before = after
         print(json.dumps(found | more), flush=True)
 
 
