@@ -1,8 +1,11 @@
-"""Updates while backward runs, and who keeps whom."""
+"""What happens while backward runs: updates, loading ahead, and who keeps whom."""
 
 from __future__ import annotations
 
+import copy
 import gc
+import os
+import pickle
 import weakref
 
 import pytest
@@ -99,3 +102,58 @@ def test_the_optimizer_does_not_keep_parameters(in_backward, swap_dir):
     del model, optimizer
     gc.collect()
     assert [weight() for weight in weights] == [None] * 4
+
+
+class Spy:
+    """The native half, which counts how often it is asked to load ahead."""
+
+    def __init__(self, native):
+        self.native = native
+        self.prefetched = 0
+
+    def prefetch(self):
+        self.prefetched += 1
+        self.native.prefetch()
+
+    def __getattr__(self, name):
+        return getattr(self.native, name)
+
+
+def test_backward_loads_ahead_what_the_end_of_a_step_had_no_memory_for(swap_dir):
+    model = layers(4)
+    optimizer = overspill.AdamW(model.parameters(), swap_dir=swap_dir, **SMALL)
+    model(torch.ones(1, 128)).sum().backward()
+    optimizer.step()
+    spy = optimizer._native = Spy(optimizer._native)
+    model(torch.ones(1, 128)).sum().backward()
+    assert spy.prefetched == 8, "with every gradient"
+    optimizer.step()
+    assert spy.prefetched == 9, "and at the end of a step"
+    # Who has closed it, or has none of it any more, is not asked.
+    optimizer.close()
+    model(torch.ones(1, 128)).sum().backward()
+    assert spy.prefetched == 9 and not model[0].weight._post_accumulate_grad_hooks
+
+
+def test_models_are_copied_and_pickled_beside_it_and_a_fork_may_train_them(swap_dir):
+    model = layers(2)
+    optimizer = overspill.AdamW(model.parameters(), swap_dir=swap_dir, **SMALL)
+    model(torch.ones(1, 128)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(model.parameters(), twin.parameters())
+        twin(torch.ones(1, 128)).sum().backward()
+        assert model[0].weight.grad is None
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with torch.autograd.set_multithreading_enabled(False):
+                torch.set_num_threads(1)
+                model(torch.ones(1, 128)).sum().backward()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    optimizer.close()

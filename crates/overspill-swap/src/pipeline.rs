@@ -4,6 +4,8 @@
 //! items ──load──► ahead (at most `depth`) ──► compute(item) ──store──► behind (at most `depth`) ──► items
 //! ```
 //!
+//! When nothing is left to load, the blocks that loaded ahead store behind: at most twice `depth` items then.
+//!
 //! The computation always sees the items in their order and one at a time, so every depth gives the same bits;
 //! depth 0 is the synchronous form, in which nothing overlaps. The pool paces it: an item is loaded ahead only if
 //! its blocks are free, and the item that is due waits for the oldest write when they are not. Tensors that are in
@@ -12,7 +14,7 @@
 //! Whoever subscribes to [`tracing`] at the debug level sees where the time goes: a span `pipeline`, in it for each item
 //! `swap_in`, `compute` and `swap_out`, and within these a `wait` wherever the thread waits for transfers or blocks.
 //!
-//! When [`run`] has succeeded, the writes of the last `depth` items may still be under way, behind whatever is computed
+//! When [`run`] has succeeded, the writes of those last items may still be under way, behind whatever is computed
 //! next; their [slots](Slot) say so, and whoever uses or settles them learns how they ended. When it has failed,
 //! nothing is in flight any more.
 
@@ -90,7 +92,8 @@ pub struct Done {
     pub timings: Timings,
 }
 
-/// Runs `compute(index, edited, read)` over all items, `depth` of them loading ahead and as many storing behind.
+/// Runs `compute(index, edited, read)` over all items, `depth` of them loading ahead and as many storing behind; twice as
+/// many when nothing is left to load.
 ///
 /// # Errors
 /// The first error of a transfer or of the computation. All items are given up then, data that could not be written
@@ -157,7 +160,9 @@ impl Flight<'_> {
             let computed = Instant::now();
             let swap_out = debug_span!("swap_out", item).entered();
             self.behind.push_back(present.store());
-            while self.behind.len() > self.limits.depth {
+            let depth = self.limits.depth;
+            let behind_max = if items.is_empty() { depth.saturating_mul(2) } else { depth };
+            while self.behind.len() > behind_max {
                 self.finish_oldest()?;
             }
             drop(swap_out);

@@ -173,6 +173,33 @@ settle
 }
 
 #[test]
+fn no_write_is_waited_for_when_nothing_is_left_to_load() {
+    alone("trace::no_write_is_waited_for_when_nothing_is_left_to_load_here");
+}
+
+#[test]
+#[ignore = "run by no_write_is_waited_for_when_nothing_is_left_to_load"]
+fn no_write_is_waited_for_when_nothing_is_left_to_load_here() {
+    let mut rig = Rig::new(1);
+    rig.swapper.settle().unwrap();
+    let heard = heard_at(Level::DEBUG, || {
+        rig.swapper.edit(|_| true, fill).unwrap();
+    });
+    let expected = "\
+pass
+  pipeline
+    swap_in
+      wait
+    compute
+    swap_out
+    swap_in
+      wait
+    compute
+    swap_out";
+    assert_eq!(heard.join("\n"), expected);
+}
+
+#[test]
 fn what_is_waited_for_is_counted_and_is_a_part_of_the_phases() {
     let mut rig = Rig::new(1);
     let before = rig.swapper.phases();

@@ -1,6 +1,6 @@
 """Steps while backward runs: gradients leave memory as they appear.
 
-A hook behind each parameter's gradient collects parameters; as soon as their state is worth a pass of a few tiles, one
+The hooks behind the gradients tell which parameters have one; as soon as their state is worth a pass of a few tiles, one
 native step updates them and drops their gradients. ``step()`` finishes what is left. A second gradient before that is
 refused: how many updates it would be depended on what fits in a pass.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -31,28 +31,12 @@ class InBackward:
     """The parameters whose gradients have appeared, and are not used yet."""
 
     def __init__(self, optimizer: Core) -> None:
-        # The parameters keep the hooks: these must not keep the optimizer, whose end removes its directory.
         self._optimizer = weakref.ref(optimizer)
         self._pending: set[Known] = set()
         self._pending_bytes = 0
         self._arrived_since_step: set[Known] = set()
         self._due_bytes: int | None = None
         self._sizes: dict[Known, int] = {}
-        self._handles: list[Any] = []
-
-    def watch(self, parameter: Tensor) -> None:
-        """Collects the parameter whenever its gradient has appeared."""
-        watching = weakref.ref(self)
-
-        def arrived(parameter: Tensor) -> None:
-            this = watching()
-            if this is not None:
-                this._arrived(parameter)
-
-        needed = parameter.requires_grad
-        parameter.requires_grad_(True)
-        self._handles.append(parameter.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]
-        parameter.requires_grad_(needed)
 
     def finish(self) -> None:
         """Updates all that have a gradient, and drops it."""
@@ -66,14 +50,8 @@ class InBackward:
         self._pending, self._pending_bytes = set(), 0
         self._arrived_since_step = set()
 
-    def close(self) -> None:
-        """Watches no more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.forget()
-
-    def _arrived(self, parameter: Tensor) -> None:
+    def arrived(self, parameter: Tensor) -> None:
+        """Takes note of a gradient, and steps when enough of them have appeared."""
         optimizer = self._optimizer()
         if optimizer is None:
             return

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from overspill._native import Optimizer as Native
 from overspill._native import norm
-from overspill.errors import ArgumentError, StateError, UnsupportedError
+from overspill.errors import ArgumentError, ForkError, StateError, UnsupportedError
 from overspill.optim.backward import InBackward
+from overspill.optim.hooks import GradientHooks
 from overspill.optim.interrupt import uninterrupted
 from overspill.optim.options import Directories, SwapConfig, directories_of, refuse_occupied, remove_empty
 from overspill.optim.staging import Staging, is_plain
@@ -63,6 +64,7 @@ class Core(torch.optim.Optimizer):
         self._rules: dict[int, str] = {}
         self._lock = threading.RLock()
         self._in_backward = InBackward(self) if self._config.in_backward else None
+        self._hooks = GradientHooks(self._gradient_appeared)
         self.grad_norm = None
         self._extra: Any = None
         super().__init__(params, defaults)
@@ -122,8 +124,7 @@ class Core(torch.optim.Optimizer):
             name = f"{name} ({position})" if name in taken else name
             taken.add(name)
             self._known[parameter] = Known(parameter, position, name)
-            if self._in_backward is not None:
-                self._in_backward.watch(parameter)
+            self._hooks.watch(parameter)
 
     def _refuse_options(self, group: Mapping[str, Any]) -> None:
         for name in _MEANINGLESS:
@@ -346,10 +347,24 @@ class Core(torch.optim.Optimizer):
         }
 
     def prefetch(self) -> None:
-        """Begins to load what the next step needs first. :meth:`step` does so at its end; once more does no harm."""
+        """Begins to load what the next step needs first, as far as there is memory for it.
+
+        Nobody needs to: the end of :meth:`step` does so, and every gradient that appears.
+
+        Raises:
+            StorageError: when a write of the last step failed; what was not committed is lost.
+        """
         native = self._alive()
         if native is not None:
             native.prefetch()
+
+    def _gradient_appeared(self, parameter: Tensor) -> None:
+        if self._in_backward is not None:
+            self._in_backward.arrived(parameter)
+        elif self._native is not None:
+            # While the last step ended, its writes had the memory for this.
+            with contextlib.suppress(ForkError):
+                self._native.prefetch()
 
     def settle(self) -> None:
         """Waits for the writes of the last step; nobody needs to, but to measure or to know now how they ended.
@@ -384,8 +399,7 @@ class Core(torch.optim.Optimizer):
     def close(self) -> None:
         """Ends all I/O and releases the memory; the directories go, unless something was committed."""
         self._closed = True
-        if self._in_backward is not None:
-            self._in_backward.close()
+        self._hooks.close()
         native, self._native = self._native, None
         if native is not None:
             native.close()
