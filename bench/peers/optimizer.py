@@ -2,8 +2,8 @@
 
 All three train the same stack of square linear layers, each in a process of its own, and take steps in turns. overspill
 and DeepSpeed have bf16 parameters with exact fp32 masters; torch, whose state is in memory, fp32 ones. What is timed is the
-optimizer's step after a backward pass. overspill's last writes go on during the next forward pass, so the time until
-everything is on storage is told as well. Bytes are those that the system counted for the process, peaks its resident
+optimizer's step after the backward pass of a batch. overspill loads ahead in that pass, and its last writes go on behind the
+step, so the time until everything is on storage is told as well. Bytes are those that the system counted for the process, peaks its resident
 memory. The figures are medians, the ratios those of neighbors.
 
 With `--overhead` a model of 200 tensors takes steps, and what is told is the share of a step that is spent in Python.
@@ -73,7 +73,7 @@ def serve(arguments):
         layers = (torch.nn.Linear(rows, columns, bias=False, dtype=dtype) for rows, columns in shapes)
         model = torch.nn.Sequential(*layers)
         weights = list(model.parameters())
-        inputs = torch.randn(1, WIDTH, dtype=dtype)
+        inputs = torch.randn(peers.BATCH, WIDTH, dtype=dtype)
 
         def backward():
             model.zero_grad(set_to_none=True)
@@ -90,17 +90,13 @@ def serve(arguments):
     optimizer = overspill.AdamW(weights, lr=1e-4, swap_dir=state, memory=arguments.memory, resident=0)
     inside = [0.0]
 
-    def prepare():
-        optimizer.prefetch()
-        backward()
-
     def settle():
         report = optimizer.report()
         inside.append(report["seconds_step"])
         optimizer.settle()
         return {"inside": inside[-1] - inside[-2], "degraded": report["degraded_reason"]}
 
-    answer(parameters, prepare, optimizer.step, settle)
+    answer(parameters, backward, optimizer.step, settle)
     optimizer.close()
 
 

@@ -18,6 +18,7 @@ import tempfile
 import time
 
 WIDTH = 2048
+BATCH = 64
 
 
 def moved():
@@ -44,14 +45,14 @@ def serve(arguments):
     nvme = {"device": "nvme", "nvme_path": arguments.folder, "buffer_count": 12}
     nvme |= {"pipeline_read": True, "pipeline_write": True}
     config = {
-        "train_micro_batch_size_per_gpu": 1,
+        "train_micro_batch_size_per_gpu": BATCH,
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
         "aio": {"block_size": 1 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True},
         "zero_optimization": {"stage": 3, "offload_optimizer": nvme, "sub_group_size": 10**7},
     }
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    inputs = torch.randn(1, WIDTH, dtype=torch.bfloat16)
+    inputs = torch.randn(BATCH, WIDTH, dtype=torch.bfloat16)
     print(json.dumps({"parameters": layers * WIDTH**2}), flush=True)
     for _ in sys.stdin:
         engine.backward(engine(inputs).float().square().mean())
