@@ -34,7 +34,7 @@ def test_states_are_interchangeable_with_torch(name, way, tmp_path, exact_sqrt):
         source.step()
     path = tmp_path / "saved.pt"
     torch.save(source.state_dict(), path)
-    saved = torch.load(path, mmap=True, weights_only=True)
+    saved = torch.load(str(path), mmap=True, weights_only=True)
     if way == "to torch":
         target, target_parameters = target_reference, target_reference.param_groups[0]["params"]
         if name != "Lion":

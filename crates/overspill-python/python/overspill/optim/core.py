@@ -433,11 +433,7 @@ def _check_parameter(parameter: Tensor) -> None:
 def bump_versions(parameters: Sequence[Tensor]) -> None:
     """Lets autograd see that the parameters have changed: a graph from before must not be used with them."""
     increment = getattr(torch.autograd.graph, "increment_version", None)
-    if increment is None:
-        return
-    try:
-        increment(parameters)
-    except (AttributeError, TypeError):
-        # Of an older torch, which takes one at a time.
+    if increment is not None:
+        # An older torch takes one at a time only.
         for parameter in parameters:
             increment(parameter)
