@@ -14,7 +14,7 @@ use overspill_train::optimizer::Optimizer;
 use overspill_train::schedule::Schedule;
 use overspill_train::trainer::{BatchSource, Commit, Settings, Trainer};
 
-use crate::training::{Case, RUNNING, STEPS, Storage, Trained, drawn, equals_in_memory, is_resumed};
+use crate::case::{Case, RUNNING, STEPS, Storage, Trained, drawn, equals_in_memory, is_resumed};
 
 /// So large that the gradients of a fresh model overflow, and soon no more.
 const OVERFLOWS: LossScalerConfig = LossScalerConfig {

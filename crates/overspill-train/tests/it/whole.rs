@@ -11,7 +11,7 @@ use overspill_train::optimizer::{Optimizer, single_precision_adamw};
 use overspill_train::piece::PieceRule;
 use overspill_train::plan::{Fixed, MemoryPlan, StepShape};
 
-use crate::training::{Case, RUNNING, drawn, equals_in_memory, is_resumed};
+use crate::case::{Case, RUNNING, drawn, equals_in_memory, is_resumed};
 
 const WEIGHTS: [WeightFormat; 4] = [
     WeightFormat::F32,
