@@ -30,6 +30,9 @@ pub(crate) enum Error {
     Forked { owner: u32, current: u32 },
     #[error("a bug in overspill, please report it: {0}")]
     Panic(String),
+    /// What a signal handler raised.
+    #[error("{0}")]
+    Interrupted(PyErr),
     /// What is stored is not what was written.
     #[error("{0}")]
     Corrupt(String),
@@ -94,7 +97,7 @@ impl Told {
             Error::Unsupported(_) => Self::plain("UnsupportedError"),
             Error::State(_) => Self::plain("StateError"),
             Error::Forked { .. } => Self::plain("ForkError"),
-            Error::Panic(_) => Self::plain("InternalError"),
+            Error::Panic(_) | Error::Interrupted(_) => Self::plain("InternalError"),
             Error::Corrupt(_) => Self::plain("CorruptionError"),
             Error::Several { first, .. } => Self::of(first),
             Error::Budget(_) => Self::plain("MemoryBudgetError"),
@@ -154,6 +157,7 @@ impl Told {
             | StoreError::Manifest { .. }
             | StoreError::ManifestLost { .. }
             | StoreError::Misplaced { .. }
+            | StoreError::NotWhole { .. }
             | StoreError::Label { .. } => Self::plain("CorruptionError"),
             StoreError::SnapshotName { .. } => Self::plain("ArgumentError"),
             _ => Self::plain("StateError"),
@@ -173,6 +177,9 @@ fn is_full(errno: i32) -> bool {
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         static CLASSES: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
+        if let Error::Interrupted(raised) = error {
+            return raised;
+        }
         Python::attach(|py| {
             let told = Told::of(&error);
             let classes = CLASSES.get_or_try_init(py, || py.import("overspill.errors").map(Bound::unbind));

@@ -3,15 +3,59 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 import os
 import pickle
+import types
+import warnings
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import overspill
-from overspill.errors import ArgumentError, MemoryBudgetError, StateError, UnsupportedError
+from overspill import __main__, errors
+from overspill.errors import ArgumentError, MemoryBudgetError, OverspillError, StateError, UnsupportedError
+from overspill.optim.options import SwapOptions
 from support import SMALL, assert_same, pair, parameters, set_gradients
+
+CLASSES = ["AdamW", "Adam", "SGD", "Adagrad", "Lion", "Adafactor", "Muon"]
+
+
+class Nameless:
+    """What has no text."""
+
+    def __repr__(self):
+        raise RuntimeError("there is none")
+
+
+with warnings.catch_warnings():
+    # Torch warns of these themselves.
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor([torch.ones(5)] * 4)
+
+ABSURD = [
+    *(None, True, -1, 0, 3, 1 << 62, 1 << 64, 10**5000, 1.5, -0.5, 1e300, math.nan, math.inf, 1j),
+    *("", "x", "1GiB", "-1GiB", "9" * 400, "\0", "\ud800", "a\tb", b"", b"x", bytearray(b"1")),
+    *([], [[]], [0.5], [0.9, 0.9], (0.5,) * 3, (None, 0.1), ("a", "b"), {}, {"a": 1}, {1}, range(3)),
+    *(
+        object(),
+        Nameless(),
+        print,
+        int,
+        Path("/dev/null"),
+        Path("/dev/null/x"),
+        "/proc/none/there",
+    ),
+    *(numpy.ones(3), numpy.float32(0.5), numpy.bool_(True), torch.ones(2), torch.tensor([0.25])),
+    *(torch.ones(4, 5, dtype=torch.int8), torch.ones(4, 5).to_sparse(), torch.ones(4, 5, device="meta")),
+    *(torch.ones(4, 5, dtype=torch.complex64), NESTED),
+]
+"""Values of every kind, of which an option has one at most."""
 
 
 def test_what_cannot_be_updated_is_refused(swap_dir):
@@ -69,34 +113,240 @@ def test_copies_are_refused(swap_dir):
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("options", "error", "message"),
     [
-        ({"lr": -1.0}, ValueError),
-        ({"lr": float("nan")}, ArgumentError),
-        ({"lr": torch.ones(2)}, ArgumentError),
-        ({"betas": (1.0, 0.9)}, ArgumentError),
-        ({"eps": -1.0}, ArgumentError),
-        ({"weight_decay": -1.0}, ArgumentError),
-        ({"foreach": True}, UnsupportedError),
-        ({"capturable": True}, UnsupportedError),
-        ({"differentiable": True}, UnsupportedError),
-        ({"memory": "8 potatoes"}, ArgumentError),
-        ({"memory": -5}, ArgumentError),
-        ({"memory": True}, ArgumentError),
-        ({"moments": "4bit"}, ArgumentError),
-        ({"durability": "maybe"}, ArgumentError),
-        ({"backend": "floppy"}, ArgumentError),
-        ({"max_norm": 0.0}, ArgumentError),
-        ({"depth_of_field": 1}, TypeError),
-        ({"swap_dir": ""}, ArgumentError),
-        ({"swap_dir": []}, ArgumentError),
-        ({"swap_dir": ["a", "./a"]}, ArgumentError),
+        ({"lr": -1.0}, ValueError, "lr is 0 or more, not -1"),
+        ({"lr": math.nan}, ArgumentError, "not nan"),
+        ({"lr": "0.1"}, ArgumentError, "lr is one number, not '0.1'"),
+        ({"lr": torch.ones(2)}, ArgumentError, "lr is one number"),
+        ({"betas": (1.0, 0.9)}, ArgumentError, "in \\[0, 1\\)"),
+        ({"betas": 0.9}, ArgumentError, "betas is two numbers, not 0.9"),
+        ({"betas": (0.9, 0.9, 0.9)}, ArgumentError, "two numbers"),
+        ({"eps": -1.0}, ArgumentError, "eps is 0 or more"),
+        ({"weight_decay": -1.0}, ArgumentError, "weight_decay is 0 or more"),
+        ({"amsgrad": "no"}, ArgumentError, "amsgrad is True or False, not 'no'"),
+        ({"foreach": True}, UnsupportedError, "leave it out"),
+        ({"capturable": True}, UnsupportedError, "leave it out"),
+        ({"differentiable": True}, UnsupportedError, "leave it out"),
+        ({"memory": "8 potatoes"}, ArgumentError, "512MiB"),
+        ({"memory": "nan"}, ArgumentError, "512MiB"),
+        ({"memory": -5}, ArgumentError, "not -5"),
+        ({"memory": True}, ArgumentError, "not True"),
+        ({"memory": 10**5000}, ArgumentError, "any machine has: <int>"),
+        ({"memory": "9" * 400}, ArgumentError, "any machine"),
+        ({"resident": math.nan}, ArgumentError, "resident is a number of bytes"),
+        ({"resident": -1}, ArgumentError, "resident is a number of bytes"),
+        ({"moments": "4bit"}, ArgumentError, "8bit"),
+        ({"moments": ["8bit"]}, ArgumentError, "one of float32"),
+        ({"durability": "maybe"}, ArgumentError, "one of step, none"),
+        ({"backend": "floppy"}, ArgumentError, "io_uring"),
+        ({"max_norm": 0.0}, ArgumentError, "more than 0"),
+        ({"max_norm": "1"}, ArgumentError, "max_norm is one number"),
+        ({"stochastic_rounding": "false"}, ArgumentError, "True or False"),
+        ({"in_backward": [True]}, ArgumentError, "True or False"),
+        ({"depth_of_field": 1}, TypeError, "no 'depth_of_field': for swapping there are memory, "),
+        ({"depth_of_field": 1}, UnsupportedError, "resident"),
+        ({"swap_dir": ""}, ArgumentError, "swap_dir is the path of a directory"),
+        ({"swap_dir": None}, ArgumentError, "not None"),
+        ({"swap_dir": 3}, ArgumentError, "not 3"),
+        ({"swap_dir": b"swap"}, ArgumentError, "not b'swap'"),
+        ({"swap_dir": "a\0b"}, ArgumentError, "path of a directory"),
+        ({"swap_dir": "\ud800"}, ArgumentError, "path of a directory"),
+        ({"swap_dir": []}, ArgumentError, "path of a directory"),
+        ({"swap_dir": [["a"], ["b"]]}, ArgumentError, "path of a directory"),
+        ({"swap_dir": ["a", "./a"]}, ArgumentError, "twice"),
+        ({"swap_dir": "/dev/null"}, StateError, "not a directory"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused(options, error, swap_dir):
-    with pytest.raises(error):
+def test_options_that_cannot_be_meant_are_refused(options, error, message, swap_dir):
+    with pytest.raises(error, match=message) as told:
         overspill.AdamW(parameters([(3,)]), **{"swap_dir": swap_dir, **options})
+    assert isinstance(told.value, OverspillError) and len(str(told.value).splitlines()) == 1
     assert not swap_dir.exists()
+
+
+def options_of(name):
+    """The options of a class, and one that there is not."""
+    signature = inspect.signature(getattr(overspill, name)).parameters
+    return [*(set(signature) - {"params", "swap"}), *SwapOptions.__annotations__, "nonsense"]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Relative paths are those of a directory of the test."""
+    monkeypatch.chdir(tmp_path)
+
+
+def told_well(call):
+    """Calls; whether it was refused, which is done in one line, by an exception of the package."""
+    try:
+        call()
+    except OverspillError as error:
+        assert len(str(error).splitlines()) == 1, str(error)
+        return True
+    return False
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(CLASSES), value=st.sampled_from(ABSURD), data=st.data())
+def test_any_value_of_any_option_is_taken_or_refused_in_one_line(
+    name, value, data, tmp_path_factory, elsewhere
+):
+    option = data.draw(st.sampled_from(sorted(options_of(name))))
+    (p,) = parameters([(4, 5)])
+    p.grad = torch.ones(4, 5)
+    options = {"swap_dir": tmp_path_factory.mktemp("absurd") / "swap", **SMALL, option: value}
+    made = []
+
+    def use():
+        made.append(getattr(overspill, name)([p], **options))
+        made[0].step()
+        made[0].state_dict()
+        made[0].commit(value)
+        made[0].snapshot(value)
+
+    told_well(use)
+    for optimizer in made:
+        optimizer.param_groups[0][option] = value
+        told_well(optimizer.step)
+        optimizer.close()
+    if option != "swap_dir":
+        told_well(lambda: getattr(overspill, name).resume([p], **options).close())
+
+
+ABSENT = object()
+"""In the place of a value: there is none."""
+
+
+@pytest.fixture(scope="module", params=["AdamW", "Adafactor"])
+def stepped(request, tmp_path_factory):
+    """An optimizer with a state, and the state."""
+    model = [*parameters([(4, 5)]), *parameters([(4, 5)], dtype=torch.bfloat16)]
+    place = tmp_path_factory.mktemp("stepped") / "swap"
+    optimizer = getattr(overspill, request.param)(model, swap_dir=place, **SMALL)
+    set_gradients(0, model)
+    optimizer.step()
+    yield optimizer, copy.deepcopy(optimizer.state_dict())
+    optimizer.close()
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(value=st.sampled_from([*ABSURD, ABSENT]), data=st.data())
+def test_any_state_is_taken_or_refused_in_one_line_and_changes_nothing_then(value, data, stepped):
+    optimizer, good = stepped
+    state = {
+        "state": {number: dict(own) for number, own in good["state"].items()},
+        "param_groups": [{**group, "params": list(group["params"])} for group in good["param_groups"]],
+    }
+    at, key = state, data.draw(st.sampled_from(["state", "param_groups"]))
+    while isinstance(at[key], (dict, list)) and at[key] and data.draw(st.integers(0, 3)):
+        at = at[key]
+        key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+    if value is ABSENT:
+        del at[key]
+    else:
+        at[key] = value
+    if told_well(lambda: optimizer.load_state_dict(state)):
+        assert_same_states(optimizer.state_dict(), good)
+    else:
+        told_well(optimizer.step)
+        optimizer.load_state_dict(good)
+    parameter = optimizer.param_groups[0]["params"][0]
+    told_well(lambda: optimizer.set_state(parameter, value))
+    optimizer.load_state_dict(good)
+    for call in (
+        optimizer.load_state_dict,
+        optimizer.get_state,
+        optimizer.purge,
+        optimizer.snapshot,
+        optimizer.delete_snapshot,
+    ):
+        told_well(lambda call=call: call(value))
+
+
+def assert_same_states(ours, theirs):
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, own in theirs["state"].items():
+        assert all(torch.equal(ours["state"][number][name], x) for name, x in own.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("param_groups"), "no 'param_groups': give what state_dict"),
+        (lambda state: state.pop("state"), "no 'state': give what state_dict"),
+        (lambda state: state.update(state=[1]), "no 'state'"),
+        (lambda state: state.update(param_groups={}), "no 'param_groups'"),
+        (
+            lambda state: state["param_groups"].pop(),
+            r"groups of \[\] parameters, and the optimizer has groups of \[5\]",
+        ),
+        (lambda state: state["param_groups"][0].pop("params"), "group 0 of the state has no list"),
+        (lambda state: state["param_groups"][0].update(params=3), "group 0 of the state has no list"),
+        (lambda state: state["param_groups"][0].update(lr="fast"), "lr is one number, not 'fast'"),
+        (lambda state: state["param_groups"][0].update(betas=None), "betas is two numbers"),
+        (lambda state: state["state"].update({0: "nothing"}), "state of parameter 0 is a dictionary"),
+        (lambda state: state["state"][0].update(step="many"), "'step' of parameter 0, a number of steps"),
+        (lambda state: state["state"][0].update(step=2.0**53), "less than 9007199254740992"),
+        (lambda state: state["state"][0].update(exp_avg=None), "has no 'exp_avg'"),
+        (lambda state: state["state"][0].update(exp_avg=[1.0]), "no dense tensor"),
+    ],
+)
+def test_a_state_that_is_none_is_told_what_it_lacks(change, message, swap_dir):
+    ours, optimizer, theirs, reference = pair("AdamW", swap_dir)
+    set_gradients(0, ours, theirs)
+    optimizer.step()
+    reference.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    state = copy.deepcopy(reference.state_dict())
+    change(state)
+    with pytest.raises(ArgumentError, match=message):
+        optimizer.load_state_dict(state)
+    assert_same_states(optimizer.state_dict(), before)
+
+
+def test_steps_may_be_as_many_as_can_be_told_apart(swap_dir):
+    ours, optimizer, _, _ = pair("AdamW", swap_dir)
+    set_gradients(0, ours)
+    optimizer.step()
+    state = {**optimizer.get_state(ours[0]), "step": (1 << 53) - 1}
+    optimizer.set_state(ours[0], state)
+    optimizer.step()
+    assert optimizer._known[ours[0]].steps == 1 << 53
+    assert all(bool(p.isfinite().all()) for p in ours)
+
+
+def test_resume_takes_no_options_of_groups(swap_dir):
+    ours, optimizer, _, _ = pair("AdamW", swap_dir)
+    optimizer.commit()
+    optimizer.close()
+    for option in ("lr", "betas", "nonsense", "foreach"):
+        with pytest.raises(
+            UnsupportedError, match=f"as they were committed, and takes no '{option}'"
+        ) as told:
+            overspill.AdamW.resume(ours, swap_dir, **{**SMALL, option: 0.1})
+        assert isinstance(told.value, TypeError)
+    overspill.AdamW.resume(ours, swap_dir, **SMALL).close()
+
+
+def test_the_system_is_quoted_with_its_number(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("no directory")
+    (p,) = parameters([(3,)])
+    p.grad = torch.ones(3)
+    for swap_dir, number in ((blocked / "below" / "swap", 20), (tmp_path / ("x" * 300), 36)):
+        with pytest.raises(errors.StorageError) as told:
+            overspill.AdamW([p], swap_dir=swap_dir, **SMALL).step()
+        assert told.value.errno == number and told.value.filename
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_build_without_the_command_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(overspill, "_native", types.SimpleNamespace())
+    assert __main__.main() == 2
+    told = capsys.readouterr()
+    assert told.out == "" and len(told.err.splitlines()) == 1 and "no command line" in told.err
 
 
 def test_options_without_effect_are_taken(swap_dir):

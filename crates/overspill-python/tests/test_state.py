@@ -65,6 +65,76 @@ def _keys(reference, theirs, saved):
     return {k: set(v) for k, v in reference.state_dict()["state"].items() if k in saved["state"]}
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.parametrize("shapes", [[(0, 3), (4, 0)], [(2, 3), (4, 2)]], ids=["without elements", "frozen"])
+def test_an_optimizer_of_nothing_that_moves_does_what_torchs_does(name, shapes, swap_dir, exact_sqrt):
+    options = {"lr": 0.5, **({"momentum": 0.5} if name == "SGD" else {})}
+    ours, optimizer, theirs, reference = pair(name, swap_dir, shapes, options)
+    for p in (*ours, *theirs):
+        p.requires_grad_(p.numel() == 0)
+    for step in range(2):
+        if ours[0].requires_grad:
+            set_gradients(step, ours, theirs)
+        optimizer.step()
+        reference.step()
+        # Tensors without elements are no state: torch makes them anew.
+        assert optimizer.state_dict()["state"] == {}
+        optimizer.load_state_dict(reference.state_dict())
+        reference.load_state_dict(optimizer.state_dict())
+    optimizer.commit("here")
+    optimizer.snapshot("none")
+    optimizer.roll_back()
+    optimizer.settle()
+    optimizer.prefetch()
+    optimizer.close()
+    resumed = getattr(overspill, name).resume(ours, swap_dir, **SMALL)
+    assert resumed.extra == "here" and resumed.snapshots() == ["none"]
+    for p in (*ours, *theirs):
+        p.requires_grad_(True)
+    set_gradients(3, ours, theirs)
+    resumed.step()
+    reference.step()
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "Lion", "Adafactor", "Muon"])
+def test_parameters_without_elements_are_no_trouble(name, swap_dir):
+    ours = parameters([(0, 3), (4, 0)])
+    optimizer = getattr(overspill, name)(ours, swap_dir=swap_dir, in_backward=True, **SMALL)
+    sum(p.sum() for p in ours).backward()
+    optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in ours] == [1, 1] and ours[0].grad is None
+    optimizer.commit()
+    optimizer.close()
+    resumed = getattr(overspill, name).resume(ours, swap_dir, **SMALL)
+    assert [int(resumed.state[p]["step"]) for p in ours] == [1, 1]
+
+
+def test_options_keep_their_types(swap_dir):
+    options = {
+        "betas": [0.9, 0.99],
+        "tags": ["a", ("b", [1, ()]), {1: [2], "c": (3,)}],
+        "none": None,
+        "three": [1, 2, 3],
+    }
+    ours, theirs = twins()
+    optimizer = overspill.AdamW([{"params": ours, **options}], betas=[0.5, 0.6], swap_dir=swap_dir, **SMALL)
+    reference = torch.optim.AdamW([{"params": theirs, **options}], betas=[0.5, 0.6])
+    expected = reference.state_dict()["param_groups"]
+    assert optimizer.state_dict()["param_groups"] == expected
+    optimizer.commit()
+    optimizer.roll_back()
+    assert optimizer.state_dict()["param_groups"] == expected
+    optimizer.load_state_dict(reference.state_dict())
+    optimizer.commit()
+    optimizer.close()
+    resumed = overspill.AdamW.resume(ours, swap_dir, **SMALL)
+    assert resumed.state_dict()["param_groups"] == expected
+    assert resumed.defaults["betas"] == [0.5, 0.6]
+    set_gradients(0, ours)
+    resumed.step()
+
+
 def test_the_groups_of_a_state_are_torchs(swap_dir):
     for name in ("AdamW", "Adam", "SGD", "Adagrad", "Adafactor", "Muon"):
         model = parameters([(3, 4)])
@@ -165,7 +235,10 @@ def test_a_state_that_does_not_fit_changes_nothing(swap_dir):
         (wrong, "'exp_avg' of parameter 0 has shape"),
         ({**other.state_dict(), "param_groups": reference.state_dict()["param_groups"]}, "not that of AdamW"),
         (fewer, "groups of"),
-        *((with_first(reference, "step", steps), "number of steps") for steps in (-1, math.nan, math.inf, 1e30, "x")),
+        *(
+            (with_first(reference, "step", steps), "number of steps")
+            for steps in (-1, math.nan, math.inf, 1e30, "x")
+        ),
         (with_first(reference, "exp_avg", torch.zeros(37, 53).to_sparse()), "no dense tensor"),
         (with_first(reference, "exp_avg", torch.zeros(37, 53, dtype=torch.complex64)), "no dense tensor"),
     ]:

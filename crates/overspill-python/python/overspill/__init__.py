@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from overspill import errors
-from overspill._native import VERSION as __version__
+from overspill._native import VERSION as __version__  # noqa: N811
 from overspill.errors import OverspillError
 
 if TYPE_CHECKING:

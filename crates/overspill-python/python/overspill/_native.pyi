@@ -56,12 +56,18 @@ class Optimizer:
         backend: str = "auto",
         depth: int | None = None,
         resident_bytes_max: int | None = None,
+        snapshot: str | None = None,
     ) -> Optimizer:
-        """The state that was committed last, with the same parameters; ``weights`` are filled with theirs."""
+        """The state that was committed last, with the same parameters; ``weights`` are filled with theirs.
+
+        A ``snapshot`` is read, every byte of it, and made the last commit before.
+        """
 
     @staticmethod
-    def committed(directory: str) -> str:
-        """What went with the last commit in ``directory``, before it is opened: the ``meta`` of :meth:`commit`."""
+    def committed(directory: str, snapshot: str | None = None) -> str:
+        """What went with the last commit in ``directory``, or with a snapshot, before it is opened: the ``meta`` of
+        :meth:`commit`.
+        """
 
     def step(
         self,

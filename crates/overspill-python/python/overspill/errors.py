@@ -50,7 +50,7 @@ class ArgumentError(OverspillError, ValueError):
 
 
 class UnsupportedError(OverspillError, TypeError):
-    """What is not supported, and never will be half-way: sparse gradients, complex parameters, pickling."""
+    """What is not supported, and never will be half-way: sparse gradients, complex parameters, pickling, unknown options."""
 
 
 class StateError(OverspillError, RuntimeError):

@@ -7,6 +7,7 @@
 
 mod coefficients;
 mod recipe;
+mod restoring;
 mod swapped;
 mod weights;
 
@@ -84,7 +85,7 @@ impl Optimizer {
     #[staticmethod]
     #[pyo3(signature = (directories, parameters, weights, *, memory_bytes, moments = "float32",
         stochastic = false, initial_accumulator = 0.0, durability = "step", backend = "auto", depth = None,
-        resident_bytes_max = None))]
+        resident_bytes_max = None, snapshot = None))]
     #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
     fn open(
         py: Python<'_>,
@@ -99,6 +100,7 @@ impl Optimizer {
         backend: &str,
         depth: Option<usize>,
         resident_bytes_max: Option<usize>,
+        snapshot: Option<String>,
     ) -> PyResult<Self> {
         let formats = Formats { moments: Formats::moments(moments)?, stochastic, initial_accumulator };
         let (durability, backend) = (durability_of(durability)?, backend_of(backend)?);
@@ -115,14 +117,15 @@ impl Optimizer {
         let mut weights = tensors(&weights)?;
         outside(py, || {
             computing_threads()?;
-            Swapped::open(parameters, &mut weights, options)
+            Swapped::open(parameters, &mut weights, options, snapshot.as_deref())
         })
         .map(Self::over)
     }
 
     #[staticmethod]
-    fn committed(py: Python<'_>, directory: PathBuf) -> PyResult<String> {
-        outside(py, || Swapped::committed(&directory)).map(|meta| meta.to_string())
+    #[pyo3(signature = (directory, snapshot = None))]
+    fn committed(py: Python<'_>, directory: PathBuf, snapshot: Option<String>) -> PyResult<String> {
+        outside(py, || Swapped::committed(&directory, snapshot.as_deref())).map(|meta| meta.to_string())
     }
 
     #[pyo3(signature = (groups, entries, scale = 1.0))]

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::coefficients::{Coefficients, Group};
 use super::recipe::{Described, Formats, Moment, Parameter};
-use super::weights;
+use super::{restoring, weights};
 use crate::error::Error;
 use crate::tensor::Tensor;
 
@@ -79,21 +79,22 @@ impl Swapped {
         let volumes = volumes(&options.directories, &engines);
         let storage_bytes = plan.storage_bytes(options.durability);
         let store = Store::create_over(&volumes, options.durability, storage_bytes)?;
-        let tiles = Pool::new(&plan.classes())?;
+        let tiles = pool_for(&plan)?;
         let swapper = Some(OptimizerSwapper::create(&specs, plan, &store, &tiles)?);
         let isa = Isa::detect();
         let stepping = Duration::ZERO;
         Ok(Self { parameters, described, options, isa, swapper, pool, store, engines, stepping })
     }
 
-    /// Takes up what was committed, and fills `weights`.
+    /// Takes up what was committed, or a snapshot, and fills `weights`.
     pub(super) fn open(
         described: Vec<Described>,
         weights: &mut [Tensor],
         options: Options,
+        snapshot: Option<&str>,
     ) -> Result<Self, Error> {
         let home = options.directories.first().ok_or_else(no_directory)?;
-        let committed = Store::committed(home)?.meta;
+        let committed = restoring::manifest(home, snapshot)?.meta;
         let found = &committed["meta"];
         let begins: Vec<usize> = serde_json::from_value(found["begins_tile"].clone())
             .map_err(|_| Error::State(format!("{} has no state of this kind", home.display())))?;
@@ -110,8 +111,12 @@ impl Swapped {
         let options = Options { tile_bytes, ..options };
         let plan = plan(&parameters, &specs, &options)?;
         let (pool, engines) = start(&options)?;
-        let store = Store::open_over(&volumes(&options.directories, &engines), options.durability)?;
-        let tiles = Pool::new(&plan.classes())?;
+        let volumes = volumes(&options.directories, &engines);
+        if let Some(name) = snapshot {
+            restoring::restore(&volumes, name, weights::blocks(&pool))?;
+        }
+        let store = Store::open_over(&volumes, options.durability)?;
+        let tiles = pool_for(&plan)?;
         let swapper = Some(OptimizerSwapper::open(&specs, plan, &store, &tiles)?);
         let isa = Isa::detect();
         let stepping = Duration::ZERO;
@@ -121,9 +126,9 @@ impl Swapped {
         Ok(opened)
     }
 
-    /// What went with the last commit in a directory.
-    pub(super) fn committed(directory: &Path) -> Result<Value, Error> {
-        Ok(Store::committed(directory)?.meta["meta"]["user"].clone())
+    /// What went with the last commit in a directory, or with a snapshot.
+    pub(super) fn committed(directory: &Path, snapshot: Option<&str>) -> Result<Value, Error> {
+        Ok(restoring::manifest(directory, snapshot)?.meta["meta"]["user"].clone())
     }
 
     /// Adds parameters behind those that are there.
@@ -299,6 +304,8 @@ impl Swapped {
         self.store.provide(needed)?;
         weights::store(&self.store, &self.pool, tensors)?;
         let mut meta = identity(&self.described, &self.options.formats, &begins);
+        // Where whoever looks at the store from outside finds it.
+        meta["step"] = user["step"].clone();
         meta["user"] = user.clone();
         swapper.commit(&meta)?;
         self.store.keep();
@@ -483,6 +490,13 @@ fn plan(
         let least_bytes = error.least_bytes.saturating_add(besides);
         TooSmall { memory_bytes: options.memory_bytes, least_bytes }.into()
     })
+}
+
+/// The memory that tiles are in.
+fn pool_for(plan: &OptimizerPlan) -> Result<Pool, Error> {
+    let classes = plan.classes();
+    // Parameters may all be frozen yet: a pool is of something even then.
+    Ok(Pool::new(if classes.is_empty() { &[weights::CLASS] } else { &classes })?)
 }
 
 /// The memory for weights on their way, and an engine for each directory.

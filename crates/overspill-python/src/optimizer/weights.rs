@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use overspill_io::{BlockClass, Pool};
 use overspill_swap::tiles::{self, LoadingTiles};
-use overspill_swap::{Durability, Slot, Store, Worth};
+use overspill_swap::{Blocks, Durability, Slot, Store, Worth};
 
 use crate::error::Error;
 use crate::tensor::Tensor;
@@ -21,6 +21,11 @@ pub(super) const CLASS: BlockClass =
 
 /// Bytes of that memory.
 pub(super) const MEMORY_BYTES: usize = BLOCK_BYTES * BLOCKS;
+
+/// That memory, to read a whole store with.
+pub(super) fn blocks(pool: &Pool) -> Blocks<'_> {
+    Blocks { pool, block_bytes: BLOCK_BYTES, count: BLOCKS }
+}
 
 /// What weights of `bytes` bytes take on storage.
 pub(super) fn storage_bytes(durability: Durability, bytes: usize) -> u64 {

@@ -176,9 +176,11 @@ impl fmt::Display for Generation {
 }
 
 impl Manifest {
-    /// The step that the tensors are of, if whoever committed them said so under `step`.
+    /// The step that the tensors are of, if whoever committed them said so under `step`; an optimizer says it in what
+    /// its user gave ([`OptimizerSwapper::commit`](crate::optimizer::OptimizerSwapper::commit)).
     pub fn step(&self) -> Option<u64> {
-        self.meta.get("step")?.as_u64()
+        let step = self.meta.get("step").or_else(|| self.meta.get("meta")?.get("step"));
+        step?.as_u64()
     }
 
     /// Bytes of all tensors.

@@ -239,6 +239,17 @@ fn what_was_committed_goes_on_with_another_share_in_memory() {
 }
 
 #[test]
+fn the_step_that_an_optimizers_user_commits_is_seen_from_outside() {
+    let mut rig = Rig::new(&options(0, 2), Durability::Step);
+    take_step(&mut rig.swapper, 0);
+    for (meta, step) in [(json!({ "step": 7 }), Some(7)), (json!({ "step": "7" }), None), (json!(null), None)]
+    {
+        rig.swapper.commit(&meta).unwrap();
+        assert_eq!(Store::committed(&path(&rig.folder)).unwrap().step(), step);
+    }
+}
+
+#[test]
 fn a_step_that_does_not_count_is_rolled_back_and_one_that_failed_too() {
     for kept in [0, 5, 10] {
         let mut rig = Rig::new(&options(kept, 2), Durability::Step);

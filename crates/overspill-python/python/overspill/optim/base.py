@@ -6,8 +6,7 @@ and in commits on storage.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,9 +18,16 @@ from overspill.errors import ArgumentError, StateError
 from overspill.optim import record
 from overspill.optim.core import Core, bump_versions
 from overspill.optim.interrupt import uninterrupted
-from overspill.optim.options import Bytes, Directories, directories_of, is_committed
+from overspill.optim.options import Bytes, Directories, directories_of, is_committed, shown
 from overspill.optim.staging import Staging
-from overspill.optim.state import export_state, fields_of, import_state, step_tensor, steps_of
+from overspill.optim.state import (
+    export_state,
+    fields_of,
+    halves_of,
+    import_state,
+    step_tensor,
+    steps_of,
+)
 
 if TYPE_CHECKING:
     from overspill.optim.table import Known
@@ -116,20 +122,20 @@ class SwappedOptimizer(Core):
             StateError: when options like ``amsgrad`` differ from those that the state has been made with.
         """
         self._alive()
-        state_dict = dict(state_dict)
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        saved_groups = state_dict["param_groups"]
+        saved_groups, saved_state = halves_of(state_dict)
         counts = [len(group["params"]) for group in self.param_groups]
-        if counts != [len(group["params"]) for group in saved_groups]:
+        saved_counts = [len(group["params"]) for group in saved_groups]
+        if counts != saved_counts:
             raise ArgumentError(
-                f"the state has groups of {[len(group['params']) for group in saved_groups]} parameters, and the optimizer "
-                f"has groups of {counts}"
+                f"the state has groups of {shown(saved_counts)} parameters, and the optimizer has groups of {shown(counts)}"
             )
         before = [dict(group) for group in self.param_groups]
         try:
-            given = self._taken_over(saved_groups, state_dict["state"])
+            given = self._taken_over(saved_groups, saved_state)
         except BaseException:
             for group, options in zip(self.param_groups, before):
                 group.clear()
@@ -152,11 +158,11 @@ class SwappedOptimizer(Core):
             after(self)
 
     def _taken_over(
-        self, saved_groups: list[dict[str, Any]], saved_state: Mapping[Any, Mapping[str, Any]]
+        self, saved_groups: Sequence[Mapping[str, Any]], saved_state: Mapping[Any, Mapping[str, Any]]
     ) -> list[tuple[Known, dict[str, Tensor], int]]:
         """Takes over the groups' options; the answer is the state that belongs to parameters, and their steps."""
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups)):
-            options = {k: deepcopy(v) for k, v in saved.items() if k != "params"}
+            options = {name: _copied(name, value) for name, value in saved.items() if name != "params"}
             # How torch computes says nothing about how the state is swapped.
             options.update(
                 {name: group[name] for name in ("foreach", "capturable", "differentiable") if name in group}
@@ -207,6 +213,8 @@ class SwappedOptimizer(Core):
             ArgumentError: when something is missing, or has another shape.
         """
         known = self._of(parameter)
+        if not isinstance(state, Mapping):
+            raise ArgumentError(f"a state is a dictionary, as get_state() returns it, not {shown(state)}")
         native = self._with_places([known])
         fields = fields_of(native, known, state, type(self).__name__) if known.is_native else {}
         if fields is None:
@@ -229,9 +237,10 @@ class SwappedOptimizer(Core):
             known.steps = 0
 
     def _of(self, parameter: Tensor) -> Known:
-        if parameter not in self._known:
+        known = self._known.get(parameter) if isinstance(parameter, Tensor) else None
+        if known is None:
             raise ArgumentError("the parameter is not this optimizer's")
-        return self._known[parameter]
+        return known
 
     # Commits.
 
@@ -254,12 +263,13 @@ class SwappedOptimizer(Core):
         """
         native = self._with_places()
         text = record.record(self, extra)
+        # As JSON has it: a commit is the same before and after it was gone on from.
+        extra = record.parse(text, self._directories[0], None)["extra"]
         staging = Staging()
         weights = [staging.weight(known.parameter) for known in self._by_number]
         staging.synchronize()
         native.commit(weights, text)
-        # As JSON has it: a commit is the same before and after it was gone on from.
-        self._extra = json.loads(json.dumps(extra))
+        self._extra = extra
 
     def roll_back(self) -> None:
         """Goes back to the last commit: state, weights, groups' options, steps, and :attr:`extra`.
@@ -296,38 +306,46 @@ class SwappedOptimizer(Core):
         params: Any,
         swap_dir: Directories,
         *,
+        snapshot: str | None = None,
         memory: Bytes = "1GiB",
         **swap: Any,
     ) -> Self:
         """Goes on from the last commit: state, weights (in place), groups' options, steps and :attr:`extra`.
 
+        With a ``snapshot``, that is read, every byte of it, and made the last commit before, durably, as ``overspill
+        restore`` does; the snapshot stays. Nothing is changed if it is damaged or of other parameters.
+
         Args:
             params: the same parameters in the same groups as were committed; their values and the groups' options do not
                 matter.
             swap_dir: the same directories.
+            snapshot: the name of the snapshot to go back to.
             memory: as for a new optimizer; it need not be the same.
             swap: ``max_norm``, ``in_backward``, ``durability``, ``backend``, ``resident``; the first three are as they
                 were if they are not given.
 
         Raises:
-            StateError: when nothing is committed, or it is of another class or of other parameters.
+            StateError: when nothing is committed, it is of another class or of other parameters, or there is no snapshot
+                of that name.
             LockedError: when another process is using it.
             CorruptionError: when what is stored is not what was written.
+            UnsupportedError: for any other keyword: options of groups are those that were committed.
         """
         paths = directories_of(swap_dir)
+        snapshot = None if snapshot is None else _check_name(snapshot)
         if not is_committed(paths[0]):
             raise StateError(f"nothing is committed in {paths[0]}: make a new optimizer")
-        found = record.parse(Native.committed(paths[0]), paths[0], cls.__name__)
+        found = record.parse(Native.committed(paths[0], snapshot), paths[0], cls.__name__)
         config = record.config(found, {"memory": memory, **swap})
         optimizer = cls(params, swap_dir=swap_dir, _config=config)  # type: ignore[call-arg]
         try:
-            optimizer._open(found)
+            optimizer._open(found, snapshot)
         except BaseException:
             optimizer.close()
             raise
         return optimizer
 
-    def _open(self, found: Mapping[str, Any]) -> None:
+    def _open(self, found: Mapping[str, Any], snapshot: str | None) -> None:
         record.restore_groups(self, found, self._directories[0])
         by_position = {known.position: known for known in self._known.values()}
         names = [by_position[place].name for place in found["places"] if place in by_position]
@@ -353,7 +371,9 @@ class SwappedOptimizer(Core):
         staging = Staging()
         weights = [staging.weight(known.parameter, filled=False) for known in self._by_number]
         ordered = [spec for _, spec in sorted(dict(specs).items())]
-        self._native = Native.open(list(self._directories), ordered, weights, **self._native_options())
+        self._native = Native.open(
+            list(self._directories), ordered, weights, snapshot=snapshot, **self._native_options()
+        )
         staging.write_back()
         bump_versions([known.parameter for known in self._by_number])
         self._take_up(found)
@@ -371,7 +391,7 @@ class SwappedOptimizer(Core):
             StateError: when nothing is committed.
             DiskFullError: when there is no room for the next commit beside it.
         """
-        self._committed().snapshot(name)
+        self._committed().snapshot(_check_name(name))
 
     def delete_snapshot(self, name: str) -> None:
         """Gives a snapshot up, and its room back.
@@ -379,7 +399,7 @@ class SwappedOptimizer(Core):
         Raises:
             StateError: when there is none of that name.
         """
-        self._committed().delete_snapshot(name)
+        self._committed().delete_snapshot(_check_name(name))
 
     def snapshots(self) -> list[str]:
         """The names of all snapshots."""
@@ -391,3 +411,17 @@ class SwappedOptimizer(Core):
         if native is None:
             raise StateError("nothing is committed: commit() first")
         return native
+
+
+def _check_name(name: object) -> str:
+    """A snapshot's name, as far as it is text; the native half knows which text."""
+    if not isinstance(name, str) or not (name.isascii() and name.isprintable()):
+        raise ArgumentError(f"a snapshot has a name like 'best' or 'step-1000', not {shown(name)}")
+    return name
+
+
+def _copied(name: object, value: Any) -> Any:
+    try:
+        return deepcopy(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"option {shown(name)} of the state cannot be copied: {shown(value)}") from error

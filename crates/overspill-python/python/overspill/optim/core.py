@@ -23,7 +23,15 @@ from overspill.errors import ArgumentError, ForkError, StateError, UnsupportedEr
 from overspill.optim.backward import InBackward
 from overspill.optim.hooks import GradientHooks
 from overspill.optim.interrupt import uninterrupted
-from overspill.optim.options import Directories, SwapConfig, directories_of, refuse_occupied, remove_empty
+from overspill.optim.options import (
+    Directories,
+    SwapConfig,
+    directories_of,
+    flag_of,
+    refuse_occupied,
+    remove_empty,
+    storage,
+)
 from overspill.optim.staging import Staging, is_plain
 from overspill.optim.state import StateView
 from overspill.optim.table import DTYPES, Known
@@ -53,6 +61,7 @@ class Core(torch.optim.Optimizer):
         _config: SwapConfig | None = None,
         **swap: Any,
     ) -> None:
+        _refuse_meaningless(defaults)
         self._config = SwapConfig.of(**swap) if _config is None else _config
         self._directories = directories_of(swap_dir)
         if _config is None:
@@ -120,19 +129,19 @@ class Core(torch.optim.Optimizer):
         for position, (parameter, name) in enumerate(zip(group["params"], names), start):
             if parameter in self._known:
                 continue
-            name = str(position) if name is None else name
+            # Of what cannot be written, the code: it is a name all the same.
+            name = str(position if name is None else name).encode(errors="backslashreplace").decode()
             name = f"{name} ({position})" if name in taken else name
             taken.add(name)
             self._known[parameter] = Known(parameter, position, name)
             self._hooks.watch(parameter)
 
     def _refuse_options(self, group: Mapping[str, Any]) -> None:
-        for name in _MEANINGLESS:
-            if group.get(name):
-                raise UnsupportedError(
-                    f"{name}={group[name]!r} has no meaning for swapped state: leave it out"
-                )
+        _refuse_meaningless(group)
         self._check_group(group)
+        # What a step will ask of it is asked now.
+        self._rule(group)
+        self._hyper(group)
 
     # Steps.
 
@@ -292,8 +301,6 @@ class Core(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             rules.update(dict.fromkeys(group["params"], (index, self._rule(group))))
         specs = [self._spec(known, rules[known.parameter][1]) for known in new]
-        if not specs:
-            raise StateError("there is no parameter that can have a gradient: there is no state to swap")
         with uninterrupted():
             if native is None:
                 native = self._native = self._create(specs)
@@ -325,7 +332,8 @@ class Core(torch.optim.Optimizer):
         refuse_occupied(self._directories)
         with contextlib.ExitStack() as undone:
             for path in self._directories:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with storage("make", os.path.dirname(path)):
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
                 if os.path.isdir(path):
                     # The native half makes its directories itself: nobody ever sees one of them without an owner.
                     remove_empty(path)
@@ -415,6 +423,12 @@ class Core(torch.optim.Optimizer):
             f"a swapped {type(self).__name__} cannot be pickled or copied, its state is on storage: use state_dict(), or "
             "commit() and resume()"
         )
+
+
+def _refuse_meaningless(options: Mapping[str, Any]) -> None:
+    for name in _MEANINGLESS:
+        if flag_of(name, options.get(name)):
+            raise UnsupportedError(f"{name}=True has no meaning for swapped state: leave it out")
 
 
 def _check_parameter(parameter: Tensor) -> None:

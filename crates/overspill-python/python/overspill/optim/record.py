@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ def record(optimizer: Core, extra: Any) -> str:
         ArgumentError: for options and extras that JSON does not have.
     """
     places = optimizer._by_number
+    steps = [[known.position, known.steps] for known in optimizer._known.values() if known.steps]
     inner = {
         "config": optimizer._config.recorded(),
         "defaults": _plain("default", optimizer.defaults),
@@ -43,10 +44,17 @@ def record(optimizer: Core, extra: Any) -> str:
         ],
         "places": [known.position for known in places],
         "names": [known.name for known in places],
-        "steps": [[known.position, known.steps] for known in optimizer._known.values() if known.steps],
+        "steps": steps,
         "extra": _checked("extra", extra),
     }
-    return json.dumps({"python": _VERSION, "class": type(optimizer).__name__, "record": json.dumps(inner)})
+    outer = {
+        "python": _VERSION,
+        "class": type(optimizer).__name__,
+        # What `overspill inspect` shows.
+        "step": max((count for _, count in steps), default=0),
+        "record": json.dumps(inner),
+    }
+    return json.dumps(outer)
 
 
 _OWN = ("params", "param_names")
@@ -82,11 +90,11 @@ def restore_groups(optimizer: Core, found: Mapping[str, Any], directory: str) ->
             f"{directory} has groups of {committed} parameters, and groups of {counts} were given: give the same, in the "
             "same order"
         )
-    optimizer.defaults.update(_tuples(found["defaults"]))
+    optimizer.defaults.update(_typed(found["defaults"]))
     for group, saved in zip(optimizer.param_groups, found["groups"]):
         own = {name: group[name] for name in _OWN if name in group}
         group.clear()
-        group.update(own, **_tuples(saved["options"]))
+        group.update({**own, **_typed(saved["options"])})
 
 
 def restore_steps(known: Iterable[Known], found: Mapping[str, Any]) -> None:
@@ -98,27 +106,45 @@ def restore_steps(known: Iterable[Known], found: Mapping[str, Any]) -> None:
 
 def config(found: Mapping[str, Any], given: Mapping[str, Any]) -> SwapConfig:
     """The options of a record, with those that are given in their place."""
-    return SwapConfig.restored(found["config"], given)  # type: ignore[arg-type]
+    return SwapConfig.restored(found["config"], given)
 
 
 def _plain(what: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _checked(f"{what}: {k}", _plain_value(v)) for k, v in options.items()}
+    return {name: _checked(f"{what}: {name}", value, _plain_value) for name, value in options.items()}
 
 
 def _plain_value(value: Any) -> Any:
-    """A number as Python has it, of torch's and numpy's too; everything else as it is."""
+    """What JSON has for it: numbers of torch and numpy are Python's, and what is no tuple among its lists says so."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _checked(what: str, value: Any) -> Any:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{what} cannot be committed, it is not JSON: {error}") from error
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, tuple):
+        return [_plain_value(x) for x in value]
+    if isinstance(value, list):
+        return {"list": [_plain_value(x) for x in value]}
+    if isinstance(value, dict):
+        return {"dict": [[_plain_value(k), _plain_value(v)] for k, v in value.items()]}
     return value
 
 
-def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+def _typed(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _typed_value(value) for name, value in options.items()}
+
+
+def _typed_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_typed_value(x) for x in value)
+    if isinstance(value, dict) and "list" in value:
+        return [_typed_value(x) for x in value["list"]]
+    if isinstance(value, dict):
+        return {_typed_value(k): _typed_value(v) for k, v in value["dict"]}
+    return value
+
+
+def _checked(what: str, value: Any, plain: Callable[[Any], Any] = lambda value: value) -> Any:
+    try:
+        value = plain(value)
+        json.dumps(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{what} cannot be committed, it is not JSON: {error}") from error
+    return value

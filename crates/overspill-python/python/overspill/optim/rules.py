@@ -10,7 +10,7 @@ from torch import Tensor
 
 from overspill.errors import ArgumentError
 from overspill.optim.base import SwappedOptimizer
-from overspill.optim.options import Directories, SwapOptions
+from overspill.optim.options import Directories, SwapOptions, flag_of, number_of, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,27 +24,51 @@ _SPACING_OF_F32 = 2.0**-23
 
 def _check(condition: bool, name: str, value: object, wanted: str) -> None:
     if not condition:
-        raise ArgumentError(f"{name} is {wanted}, not {value!r}")
+        raise ArgumentError(f"{name} is {wanted}, not {shown(value)}")
+
+
+def _option(group: Mapping[str, Any], name: str) -> Any:
+    if name not in group:
+        raise ArgumentError(f"the group has no option {name!r}: add_param_group() gives it the default")
+    return group[name]
+
+
+def _number(group: Mapping[str, Any], name: str) -> float:
+    # A rate may be a tensor of one element, which somebody changes in place.
+    return number_of(name, _option(group, name))
+
+
+def _numbers(group: Mapping[str, Any], name: str, wanted: str, count: int) -> list[float]:
+    values = _option(group, name)
+    _check(isinstance(values, (list, tuple)) and len(values) == count, name, values, wanted)
+    return [number_of(f"each of {name}", value) for value in values]
+
+
+def _flag(group: Mapping[str, Any], name: str) -> bool:
+    # A state of an older torch does not have all of them.
+    return flag_of(name, group.get(name))
 
 
 def _check_rates(group: Mapping[str, Any], *names: str) -> None:
     for name in ("lr", "weight_decay", *names):
-        value = group[name]
-        _check(not isinstance(value, Tensor) or value.numel() == 1, name, value, "one number")
-        _check(0.0 <= float(value) < math.inf, name, value, "0 or more")
+        _check(0.0 <= _number(group, name) < math.inf, name, group[name], "0 or more")
+
+
+def _betas(group: Mapping[str, Any]) -> dict[str, float]:
+    beta1, beta2 = _numbers(group, "betas", "two numbers", 2)
+    return {"beta1": beta1, "beta2": beta2}
 
 
 def _check_betas(group: Mapping[str, Any]) -> None:
-    for beta in group["betas"]:
-        _check(0.0 <= float(beta) < 1.0, "each of betas", beta, "in [0, 1)")
+    for beta in _betas(group).values():
+        _check(0.0 <= beta < 1.0, "each of betas", beta, "in [0, 1)")
 
 
 def _common(group: Mapping[str, Any]) -> dict[str, float]:
-    # SGD's weight decay and all learning rates may be tensors of one element, which somebody changes in place.
     return {
-        "lr": float(group["lr"]),
-        "weight_decay": float(group["weight_decay"]),
-        "maximize": float(group.get("maximize", False)),
+        "lr": _number(group, "lr"),
+        "weight_decay": _number(group, "weight_decay"),
+        "maximize": float(_flag(group, "maximize")),
     }
 
 
@@ -78,7 +102,7 @@ class Adam(SwappedOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": (float(betas[0]), float(betas[1])),
+            "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -96,12 +120,11 @@ class Adam(SwappedOptimizer):
         _check_betas(group)
 
     def _rule(self, group: Mapping[str, Any]) -> str:
-        name = "adamw" if group.get("decoupled_weight_decay") else "adam"
-        return f"{name}_amsgrad" if group["amsgrad"] else name
+        name = "adamw" if _flag(group, "decoupled_weight_decay") else "adam"
+        return f"{name}_amsgrad" if _flag(group, "amsgrad") else name
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, float]:
-        beta1, beta2 = group["betas"]
-        return {**_common(group), "beta1": float(beta1), "beta2": float(beta2), "eps": float(group["eps"])}
+        return {**_common(group), **_betas(group), "eps": _number(group, "eps")}
 
 
 class AdamW(Adam):
@@ -154,7 +177,7 @@ class AdamW(Adam):
 
     def _rule(self, group: Mapping[str, Any]) -> str:
         # A state of an older torch does not say.
-        return "adamw_amsgrad" if group["amsgrad"] else "adamw"
+        return "adamw_amsgrad" if _flag(group, "amsgrad") else "adamw"
 
 
 class SGD(SwappedOptimizer):
@@ -197,18 +220,19 @@ class SGD(SwappedOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         _check_rates(group, "momentum")
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        is_plain = _number(group, "momentum") > 0 and _number(group, "dampening") == 0
+        if _flag(group, "nesterov") and not is_plain:
             raise ArgumentError("nesterov=True needs momentum, and no dampening")
 
     def _rule(self, group: Mapping[str, Any]) -> str:
-        return "sgd_momentum" if group["momentum"] else "sgd"
+        return "sgd_momentum" if _number(group, "momentum") else "sgd"
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, float]:
         return {
             **_common(group),
-            "momentum": float(group["momentum"]),
-            "dampening": float(group["dampening"]),
-            "nesterov": float(group["nesterov"]),
+            "momentum": _number(group, "momentum"),
+            "dampening": _number(group, "dampening"),
+            "nesterov": float(_flag(group, "nesterov")),
         }
 
 
@@ -255,7 +279,7 @@ class Adagrad(SwappedOptimizer):
         return "adagrad"
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, float]:
-        return {**_common(group), "lr_decay": float(group["lr_decay"]), "eps": float(group["eps"])}
+        return {**_common(group), "lr_decay": _number(group, "lr_decay"), "eps": _number(group, "eps")}
 
 
 class Lion(SwappedOptimizer):
@@ -285,7 +309,7 @@ class Lion(SwappedOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": (float(betas[0]), float(betas[1])),
+            "betas": betas,
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
@@ -299,8 +323,7 @@ class Lion(SwappedOptimizer):
         return "lion"
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, float]:
-        beta1, beta2 = group["betas"]
-        return {**_common(group), "beta1": float(beta1), "beta2": float(beta2)}
+        return {**_common(group), **_betas(group)}
 
 
 class Adafactor(SwappedOptimizer):
@@ -338,22 +361,27 @@ class Adafactor(SwappedOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         _check_rates(group)
-        eps1, eps2 = group["eps"]
-        _check(group["beta2_decay"] <= 0.0, "beta2_decay", group["beta2_decay"], "0 or less")
-        _check((eps1 is None or eps1 >= 0.0) and eps2 >= 0.0, "each of eps", group["eps"], "0 or more")
-        _check(group["d"] >= 1.0, "d", group["d"], "1 or more")
+        _check(_number(group, "beta2_decay") <= 0.0, "beta2_decay", group["beta2_decay"], "0 or less")
+        _check(all(eps >= 0.0 for eps in self._eps(group)), "each of eps", group["eps"], "0 or more")
+        _check(_number(group, "d") >= 1.0, "d", group["d"], "1 or more")
+
+    def _eps(self, group: Mapping[str, Any]) -> list[float]:
+        eps = _option(group, "eps")
+        if isinstance(eps, (list, tuple)) and eps and eps[0] is None:
+            eps = (_SPACING_OF_F32, *eps[1:])
+        return _numbers({"eps": eps}, "eps", "two numbers, or None and a number", 2)
 
     def _rule(self, group: Mapping[str, Any]) -> str:
         return "adafactor"
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, float]:
-        eps1, eps2 = group["eps"]
+        eps1, eps2 = self._eps(group)
         return {
             **_common(group),
-            "beta2_decay": float(group["beta2_decay"]),
-            "eps1": _SPACING_OF_F32 if eps1 is None else float(eps1),
-            "eps2": float(eps2),
-            "d": float(group["d"]),
+            "beta2_decay": _number(group, "beta2_decay"),
+            "eps1": eps1,
+            "eps2": eps2,
+            "d": _number(group, "d"),
         }
 
 
@@ -395,39 +423,48 @@ class Muon(SwappedOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         _check_rates(group, "momentum", "eps")
+        _check(_number(group, "ns_steps") in range(1, 100), "ns_steps", group["ns_steps"], "1 to 99")
+        how = _option(group, "adjust_lr_fn")
+        known = ("original", "match_rms_adamw", "spectral_unclamped")
         _check(
-            len(group["ns_coefficients"]) == 3, "ns_coefficients", group["ns_coefficients"], "three numbers"
+            how is None or (isinstance(how, str) and how in known),
+            "adjust_lr_fn",
+            how,
+            f"None or one of {', '.join(known)}",
         )
-        _check(0 < group["ns_steps"] < 100, "ns_steps", group["ns_steps"], "1 to 99")
-        known = (None, "original", "match_rms_adamw", "spectral_unclamped")
-        _check(group["adjust_lr_fn"] in known, "adjust_lr_fn", group["adjust_lr_fn"], f"one of {known}")
         for parameter in group["params"]:
-            if parameter.dim() != 2:
-                raise ArgumentError(
-                    f"Muon is for matrices, not for a parameter of shape {tuple(parameter.shape)}"
-                )
+            self._sides(parameter)
+
+    @staticmethod
+    def _sides(parameter: Tensor) -> tuple[int, int]:
+        if parameter.dim() != 2:
+            raise ArgumentError(
+                f"Muon is for matrices, not for a parameter of shape {tuple(parameter.shape)}"
+            )
+        rows, columns = parameter.shape
+        return rows, columns
 
     def _rule(self, group: Mapping[str, Any]) -> str:
         return "muon"
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, float]:
-        a, b, c = group["ns_coefficients"]
+        a, b, c = _numbers(group, "ns_coefficients", "three numbers", 3)
         return {
             **_common(group),
-            "momentum": float(group["momentum"]),
-            "nesterov": float(group["nesterov"]),
-            "ns_a": float(a),
-            "ns_b": float(b),
-            "ns_c": float(c),
-            "ns_steps": float(group["ns_steps"]),
-            "eps": float(group["eps"]),
-            "match_rms_adamw": float(group["adjust_lr_fn"] == "match_rms_adamw"),
+            "momentum": _number(group, "momentum"),
+            "nesterov": float(_flag(group, "nesterov")),
+            "ns_a": a,
+            "ns_b": b,
+            "ns_c": c,
+            "ns_steps": _number(group, "ns_steps"),
+            "eps": _number(group, "eps"),
+            "match_rms_adamw": float(_option(group, "adjust_lr_fn") == "match_rms_adamw"),
         }
 
     def _hyper_of(
         self, hyper: dict[str, float], parameter: Tensor, group: Mapping[str, Any]
     ) -> dict[str, float]:
-        rows, columns = parameter.shape
+        rows, columns = self._sides(parameter)
         if group["adjust_lr_fn"] != "spectral_unclamped" or rows >= columns:
             return hyper
         # The rate that the native half leaves as it is, because the matrix is wide; decay is by rate and factor together.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from overspill.errors import ArgumentError, DiskFullError, StorageError
+from overspill.optim.options import number_of, shown
 from overspill.optim.staging import Staging, is_plain
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "StateView",
     "export_state",
     "fields_of",
+    "halves_of",
     "import_state",
     "step_tensor",
     "steps_of",
@@ -47,6 +49,8 @@ _ALIGNMENT = 64
 _F32_BYTES = 4
 # Where numbers of double precision end to tell one step from the next.
 _STEPS_END = 1 << 53
+
+_FORM = "{'state': {…}, 'param_groups': […]}"
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -151,32 +155,69 @@ def _mapped(path: str, length: int, places: list[list[Place]]) -> list[dict[str,
     return [{name: tensor(start, shape) for name, start, shape in fields} for fields in places]
 
 
+def halves_of(saved: object) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:
+    """The groups and the state of what ``state_dict()`` gave, which may have come from anywhere.
+
+    Raises:
+        ArgumentError: when it cannot have been given by ``state_dict()``.
+    """
+    groups, state = _half(saved, "param_groups", (list, tuple)), _half(saved, "state", Mapping)
+    for index, group in enumerate(groups):
+        numbers = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(numbers, (list, tuple)) or not all(isinstance(x, (int, str)) for x in numbers):
+            raise ArgumentError(
+                f"group {index} of the state has no list of parameters under 'params': give what state_dict() returned"
+            )
+    for number, own in state.items():
+        if not isinstance(own, Mapping):
+            raise ArgumentError(
+                f"the state of parameter {shown(number)} is a dictionary of tensors by name, not {shown(own)}"
+            )
+    return list(groups), state
+
+
+def _half(saved: object, name: str, kind: Any) -> Any:
+    half = saved.get(name) if isinstance(saved, Mapping) else None
+    if not isinstance(half, kind):
+        raise ArgumentError(f"the state has no {name!r}: give what state_dict() returned, {_FORM}")
+    return half
+
+
 def fields_of(native: Native, known: Known, state: Mapping[str, Any], owner: str) -> dict[str, Tensor] | None:
     """The tensors of a saved state that belong to a parameter; ``None`` if there are none.
 
     Raises:
-        ArgumentError: when one is missing, has another shape, or is sparse or complex.
+        ArgumentError: when one is missing, has another shape, or is sparse, complex, or without contents.
     """
     found = {}
     for name, shape in native.fields(known.number):
         value = state.get(name)
         if value is None:
             if name != "master":
-                if not any(torch.is_tensor(x) and x.dim() for x in state.values()):
+                if not any(isinstance(x, Tensor) and x.dim() for x in state.values()):
                     return None
                 raise ArgumentError(
                     f"the state of parameter {known.name} has no {name!r}: it is not that of {owner}"
                 )
             continue
-        if not torch.is_tensor(value) or tuple(value.shape) != tuple(shape):
-            got = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+        if not _is_dense(value):
             raise ArgumentError(
-                f"{name!r} of parameter {known.name} has shape {tuple(shape)}, and {got} was given"
+                f"{name!r} of parameter {known.name} is no dense tensor of real numbers, but {shown(value)}"
             )
-        if value.layout is not torch.strided or value.is_complex():
-            raise ArgumentError(f"{name!r} of parameter {known.name} is no dense tensor of real numbers")
+        if tuple(value.shape) != tuple(shape):
+            raise ArgumentError(
+                f"{name!r} of parameter {known.name} has shape {tuple(shape)}, and {tuple(value.shape)} was given"
+            )
         found[name] = value
     return found
+
+
+def _is_dense(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_complex() or value.is_quantized or value.is_nested or value.is_meta)
+    )
 
 
 def steps_of(known: Known, state: Mapping[str, Any]) -> int:
@@ -186,13 +227,11 @@ def steps_of(known: Known, state: Mapping[str, Any]) -> int:
         ArgumentError: when it is no number of steps.
     """
     given = state.get("step", 1)
-    try:
-        steps = int(given)
-    except (TypeError, ValueError, OverflowError):
-        steps = -1
+    what = f"'step' of parameter {known.name}, a number of steps,"
+    steps = number_of(what, given)
     if not 0 <= steps < _STEPS_END:
-        raise ArgumentError(f"'step' of parameter {known.name} is a number of steps, not {given!r}")
-    return steps
+        raise ArgumentError(f"{what} is 0 or more, and less than {_STEPS_END}, not {shown(given)}")
+    return int(steps)
 
 
 def import_state(native: Native, given: Iterable[tuple[Known, Mapping[str, Tensor]]]) -> None:
