@@ -33,11 +33,11 @@ fn message(panic: &(dyn Any + Send)) -> String {
 /// first to need them, and a fork of it would wait for them forever.
 ///
 /// # Errors
-/// [`Error::Forked`] in such a fork.
+/// [`Error::ThreadsForked`] in such a fork.
 pub(crate) fn computing_threads() -> Result<(), Error> {
     static OWNER: OnceLock<u32> = OnceLock::new();
     let (owner, current) = (*OWNER.get_or_init(process::id), process::id());
-    if owner == current { Ok(()) } else { Err(Error::Forked { owner, current }) }
+    if owner == current { Ok(()) } else { Err(Error::ThreadsForked { owner, current }) }
 }
 
 /// What belongs to the process that made it: a fork has none of its threads, and must not close its files either.

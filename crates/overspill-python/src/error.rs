@@ -28,6 +28,11 @@ pub(crate) enum Error {
         "this object belongs to process {owner}, not to its fork {current}: make it after forking, or use spawn"
     )]
     Forked { owner: u32, current: u32 },
+    #[error(
+        "the threads that compute are those of process {owner}, and its fork {current} has none of them: start processes by \
+         spawn"
+    )]
+    ThreadsForked { owner: u32, current: u32 },
     #[error("a bug in overspill, please report it: {0}")]
     Panic(String),
     /// What a signal handler raised.
@@ -96,7 +101,7 @@ impl Told {
             Error::Argument(_) | Error::Recipe(_) | Error::Apply(_) => Self::plain("ArgumentError"),
             Error::Unsupported(_) => Self::plain("UnsupportedError"),
             Error::State(_) => Self::plain("StateError"),
-            Error::Forked { .. } => Self::plain("ForkError"),
+            Error::Forked { .. } | Error::ThreadsForked { .. } => Self::plain("ForkError"),
             Error::Panic(_) | Error::Interrupted(_) => Self::plain("InternalError"),
             Error::Corrupt(_) => Self::plain("CorruptionError"),
             Error::Several { first, .. } => Self::of(first),

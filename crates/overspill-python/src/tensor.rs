@@ -1,7 +1,8 @@
 //! The memory of a torch tensor, for as long as native code uses it.
 //!
-//! A [`Tensor`] holds a reference to the Python object, so its storage stays where it is, whatever Python drops meanwhile.
-//! Which thread may write to it when is torch's own rule, that nobody writes to a tensor that somebody else is using;
+//! A [`Tensor`] holds the storage that the Python object had when it was given, so the memory stays where it is, whatever
+//! Python drops or exchanges meanwhile. Address and length are those that torch itself says, whatever a subclass does, and
+//! lie within the storage. Resizing a storage that is in use is torch's own undefined behavior. Which thread may write to it when is torch's own rule, that nobody writes to a tensor that somebody else is using;
 //! whoever breaks it finds mixed bytes, as with torch's own kernels.
 
 #![expect(unsafe_code, reason = "makes slices of the memory that a tensor says it has")]
@@ -46,38 +47,55 @@ pub(crate) struct Tensor {
     address: usize,
     bytes: usize,
     dtype: Dtype,
-    /// Keeps the storage.
-    _object: Py<PyAny>,
+    _storage: Py<PyAny>,
 }
 
 impl Tensor {
     /// # Errors
     /// `TypeError` for what is no tensor; `overspill.UnsupportedError` for one that is not dense, contiguous, and in the
-    /// processor's memory.
+    /// processor's memory, all of it.
     pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let py = object.py();
-        let torch = Torch::get(py)?;
+        let torch = Torch::of(py)?;
         if !object.is_instance(torch.tensor.bind(py))? {
             return Err(PyTypeError::new_err(format!("a torch.Tensor is needed, not {}", object.get_type())));
         }
-        let device: String = object.getattr("device")?.getattr("type")?.extract()?;
+        let device: String = torch.get("device", object)?.getattr("type")?.extract()?;
         if device != "cpu" {
             return Err(
                 Error::Unsupported(format!("the tensor is on {device}: copy it to the CPU first")).into()
             );
         }
-        if !object.getattr("layout")?.is(torch.strided.bind(py))
-            || !object.call_method0("is_contiguous")?.extract::<bool>()?
+        if !torch.get("layout", object)?.is(torch.strided.bind(py))
+            || !torch.call("is_contiguous", object)?.extract::<bool>()?
         {
             return Err(
                 Error::Unsupported("the tensor is not contiguous: call .contiguous() first".into()).into()
             );
         }
+        let without_memory = || Error::Unsupported("the tensor has no memory of its own".into());
+        let storage = torch.call("untyped_storage", object)?;
+        let start: usize = storage.call_method0("data_ptr").map_err(|_| without_memory())?.extract()?;
+        let element_bytes: usize = torch.call("element_size", object)?.extract()?;
+        let offset: usize = torch.call("storage_offset", object)?.extract()?;
+        let bytes = element_bytes * torch.call("numel", object)?.extract::<usize>()?;
+        let storage_bytes: usize = storage.call_method0("nbytes")?.extract()?;
+        let needed = element_bytes.saturating_mul(offset).saturating_add(bytes);
+        if bytes > 0 && start == 0 {
+            return Err(without_memory().into());
+        }
+        if bytes > 0 && needed > storage_bytes {
+            return Err(Error::Unsupported(format!(
+                "the tensor needs {needed} bytes of its storage, which has {storage_bytes}: it was resized"
+            ))
+            .into());
+        }
+        let dtype = torch.dtype(&torch.get("dtype", object)?);
         Ok(Self {
-            address: object.call_method0("data_ptr")?.extract()?,
-            bytes: object.getattr("nbytes")?.extract()?,
-            dtype: torch.dtype(&object.getattr("dtype")?),
-            _object: object.clone().unbind(),
+            address: if bytes > 0 { start + element_bytes * offset } else { start },
+            bytes,
+            dtype,
+            _storage: storage.unbind(),
         })
     }
 
@@ -89,6 +107,11 @@ impl Tensor {
     /// The address of the first byte.
     pub(crate) fn address(&self) -> usize {
         self.address
+    }
+
+    /// Whether it has bytes in common with another.
+    pub(crate) fn overlaps(&self, other: &Self) -> bool {
+        self.address.max(other.address) < (self.address + self.bytes).min(other.address + other.bytes)
     }
 
     /// The type of the elements.
@@ -179,7 +202,7 @@ impl Tensor {
         assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} of {} bytes", self.bytes);
         let start = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(self.address + range.start));
         let start = start.expect("a tensor that has bytes has an address");
-        // SAFETY: torch says that the tensor has these bytes, and the object that is held, the block's owner from here on,
+        // SAFETY: torch says that the tensor has these bytes, and the storage that is held, the block's owner from here on,
         // keeps them there. The block goes to an engine and nowhere else, which passes addresses on to the kernel: should
         // somebody use the bytes meanwhile, the kernel moves what it finds.
         unsafe { Block::over(start, range.len(), self) }
@@ -188,7 +211,7 @@ impl Tensor {
     /// Sets the bytes from `start` on.
     pub(crate) fn copy_from(&self, start: usize, bytes: &[u8]) {
         let target = self.address_of(start, bytes.len());
-        // SAFETY: `address_of` has seen that these bytes are the tensor's, and the object that is held keeps them there.
+        // SAFETY: `address_of` has seen that these bytes are the tensor's, and the storage that is held keeps them there.
         // No reference to them is made. A block of ours is never memory of a tensor's.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) }
     }
@@ -210,7 +233,7 @@ impl Tensor {
     fn slice<T>(&self) -> &[T] {
         let (start, count) = self.range::<T>();
         // SAFETY: torch says that the tensor has `bytes` bytes from `address` on, initialized or plain numbers any pattern
-        // of which is valid; the object that is held keeps them there. `range` has seen to the alignment and to
+        // of which is valid; the storage that is held keeps them there. `range` has seen to the alignment and to
         // null. Torch's rule for a tensor in use, at the head of this file, stands in for exclusion.
         unsafe { slice::from_raw_parts(start, count) }
     }
@@ -240,7 +263,7 @@ struct Torch {
 }
 
 impl Torch {
-    fn get(py: Python<'_>) -> PyResult<&'static Self> {
+    fn of(py: Python<'_>) -> PyResult<&'static Self> {
         static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
         TORCH.get_or_try_init(py, || {
             let torch = py.import("torch")?;
@@ -260,5 +283,15 @@ impl Torch {
     fn dtype(&self, object: &Bound<'_, PyAny>) -> Dtype {
         let mut known = self.dtypes.iter();
         known.find(|(known, _)| object.is(known)).map_or(Dtype::Other, |(_, dtype)| *dtype)
+    }
+
+    /// An attribute of a tensor, as `torch.Tensor` itself has it.
+    fn get<'py>(&self, name: &str, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        self.tensor.bind(tensor.py()).getattr(name)?.call_method1("__get__", (tensor,))
+    }
+
+    /// The answer of a method of a tensor, as `torch.Tensor` itself has it.
+    fn call<'py>(&self, name: &str, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        self.tensor.bind(tensor.py()).call_method1(name, (tensor,))
     }
 }

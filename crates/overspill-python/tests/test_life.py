@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 import overspill
 from overspill import AdamW, _native
 from overspill.errors import ForkError, StorageError
+from overspill.optim.interrupt import uninterrupted
 from support import SMALL, assert_same, descriptors, pair, parameters, set_gradients, status
 
 
@@ -139,6 +141,48 @@ def test_a_fork_cannot_use_it_and_does_no_harm(swap_dir, backend, exact_sqrt):
             assert os.waitstatus_to_exitcode(state) == 0
             assert swap_dir.exists()
         assert_same(ours, theirs)
+
+
+def test_a_fork_in_the_middle_of_a_step_is_told_too(swap_dir):
+    p = torch.nn.Parameter(torch.ones(1 << 16))
+    p.grad = torch.ones_like(p)
+    optimizer = AdamW([p], swap_dir=swap_dir, **SMALL)
+    optimizer.step()
+    taken, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with optimizer._lock:
+            taken.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        told = 1
+        try:
+            optimizer.step()
+        except ForkError:
+            told = 0
+        os._exit(told)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    optimizer.close()
+
+
+def test_every_signal_of_a_step_is_handled_whatever_the_others_raise():
+    handled = []
+    former = signal.signal(signal.SIGTERM, lambda *_: handled.append("SIGTERM"))
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert handled == ["SIGTERM"]
 
 
 def test_a_fork_is_told_that_the_threads_are_its_parents(swap_dir):

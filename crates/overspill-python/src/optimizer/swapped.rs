@@ -172,6 +172,10 @@ impl Swapped {
                     format!("the gradient of {name} has {elements} elements, the parameter {numel}");
                 return Err(Error::Argument(message));
             }
+            if entry.gradient.overlaps(&entry.weight) {
+                let message = format!("the gradient of {name} is memory of the parameter itself: clone it");
+                return Err(Error::Argument(message));
+            }
             if groups.get(entry.group).is_none() {
                 return Err(Error::Argument(format!(
                     "{name} is in group {}, which was not given",

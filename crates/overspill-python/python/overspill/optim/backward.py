@@ -55,7 +55,7 @@ class InBackward:
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        with optimizer._lock:
+        with optimizer._alone():
             known = optimizer._known[parameter]
             if known in self._arrived_since_step:
                 raise StateError(

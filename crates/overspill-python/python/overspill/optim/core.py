@@ -71,6 +71,7 @@ class Core(torch.optim.Optimizer):
         self._known: dict[Tensor, Known] = {}
         self._by_number: list[Known] = []
         self._rules: dict[int, str] = {}
+        self._process = os.getpid()
         self._lock = threading.RLock()
         self._in_backward = InBackward(self) if self._config.in_backward else None
         self._hooks = GradientHooks(self._gradient_appeared)
@@ -171,7 +172,7 @@ class Core(torch.optim.Optimizer):
             if found_inf is not None and float(found_inf):
                 return loss
             scale = 1.0 / float(grad_scale) if grad_scale is not None else 1.0
-        with self._lock:
+        with self._alone():
             if self._in_backward is not None:
                 self._in_backward.finish()
             else:
@@ -183,8 +184,17 @@ class Core(torch.optim.Optimizer):
         """Drops all gradients, as torch's. With ``in_backward=True``, what backward has not used is forgotten."""
         super().zero_grad(set_to_none)
         if self._in_backward is not None:
-            with self._lock:
+            with self._alone():
                 self._in_backward.forget()
+
+    def _alone(self) -> contextlib.AbstractContextManager[bool]:
+        """The lock; in a fork, where a thread that is not there may have it, an error."""
+        if os.getpid() != self._process:
+            raise ForkError(
+                f"this object belongs to process {self._process}, not to its fork {os.getpid()}: make it after forking, or "
+                "use spawn"
+            )
+        return self._lock
 
     def _refuse_in_backward(self, what: str) -> None:
         if self._in_backward is not None:

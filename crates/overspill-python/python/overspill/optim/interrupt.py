@@ -18,7 +18,8 @@ _HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds back the handlers of SIGINT and SIGTERM; what came meanwhile is handled at the end, in its order.
+    """Holds back the handlers of SIGINT and SIGTERM; what came meanwhile is handled at the end, in its order, each
+    whatever those before it raise; of several exceptions the last one goes on.
 
     Python runs handlers in its main thread only, between any two instructions there: one that raises after the native
     step, but before its parameters' steps are counted, would leave the two apart. In other threads nothing can.
@@ -41,5 +42,11 @@ def uninterrupted() -> Iterator[None]:
                     signal.signal(held_back, note)
             yield
     finally:
+        raised: BaseException | None = None
         for handler, number in arrived:
-            handler(number, None)
+            try:
+                handler(number, None)
+            except BaseException as error:
+                raised = error
+        if raised is not None:
+            raise raised
