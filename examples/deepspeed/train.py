@@ -24,7 +24,9 @@ class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = torch.nn.Embedding(VOCABULARY, WIDTH)
-        layer = torch.nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        layer = torch.nn.TransformerEncoderLayer(
+            WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.layers = torch.nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
         self.head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
 
@@ -56,9 +58,17 @@ def main():
         overspill.deepspeed.install()  # overspill
 
     # One process needs no launcher.
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29511",
+    }
     if "RANK" not in os.environ:
-        os.environ.update(alone | {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ})
+        os.environ.update(
+            alone | {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+        )
     import deepspeed
 
     config = json.loads((pathlib.Path(__file__).parent / "ds_config.json").read_text())

@@ -4,6 +4,7 @@
 //! python/overspill/*.py        what a PyTorch user sees: classes, docstrings, types
 //!        │ tensors, numbers, names
 //! border.rs                    the one way in: releases the GIL, catches panics, tells errors as the package's exceptions
+//! argument.rs                  numbers and names that cannot be meant, refused in one line
 //! tensor.rs                    the memory of a tensor, for as long as it is used: all the unsafe code there is
 //! handle/  optimizer/          the engine and the swapped state behind an object each
 //! ```
@@ -11,6 +12,7 @@
 //! A native object belongs to the process that made it. A fork takes a copy along whose threads do not exist: using it
 //! is refused, and dropping it does nothing.
 
+mod argument;
 mod border;
 mod error;
 mod handle;

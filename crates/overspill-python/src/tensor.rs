@@ -14,7 +14,6 @@ use std::sync::Arc;
 
 use overspill_io::Block;
 use overspill_optim::{Gradient, Weights};
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
@@ -52,13 +51,13 @@ pub(crate) struct Tensor {
 
 impl Tensor {
     /// # Errors
-    /// `TypeError` for what is no tensor; `overspill.UnsupportedError` for one that is not dense, contiguous, and in the
-    /// processor's memory, all of it.
+    /// `overspill.UnsupportedError` for what is no dense, contiguous tensor in the processor's memory, all of it.
     pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let py = object.py();
         let torch = Torch::of(py)?;
         if !object.is_instance(torch.tensor.bind(py))? {
-            return Err(PyTypeError::new_err(format!("a torch.Tensor is needed, not {}", object.get_type())));
+            let found = object.get_type().name()?;
+            return Err(Error::Unsupported(format!("a torch.Tensor is needed, not {found}")).into());
         }
         let device: String = torch.get("device", object)?.getattr("type")?.extract()?;
         if device != "cpu" {

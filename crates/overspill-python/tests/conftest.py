@@ -1,4 +1,4 @@
-"""What all tests share: both backends, directories, and PyTorch with the one right square root."""
+"""What all tests share: backends, handles, directories, and PyTorch with the one right square root."""
 
 from __future__ import annotations
 
@@ -7,15 +7,30 @@ import faulthandler
 import pytest
 import torch
 
+import overspill
+from support import BACKENDS
+
 # Two cores, and no test that waits for ever.
 torch.set_num_threads(2)
 TIMEOUT_SECONDS = 120
 
 
-@pytest.fixture(params=["io_uring", "threads"])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Every way to move bytes that is worth a test of its own."""
+    """Every way to move bytes."""
     return request.param
+
+
+@pytest.fixture
+def handle(backend):
+    """A handle for each of them."""
+    return overspill.aio_handle(128 << 10, 16, False, True, 2, backend=backend)
+
+
+@pytest.fixture
+def any_handle():
+    """One handle, for what is the same whoever moves the bytes."""
+    return overspill.aio_handle()
 
 
 @pytest.fixture(autouse=True)

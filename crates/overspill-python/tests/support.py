@@ -1,4 +1,4 @@
-"""Models, gradients and references of the tests of optimizers."""
+"""What several tests need: models, gradients and references for optimizers, tensors for the handle."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ import overspill
 
 SMALL = {"memory": "8MiB", "resident": 0}
 """Everything moves: nothing of the state stays in memory."""
+
+BACKENDS = ("io_uring", "aio", "threads")
+"""Every way to move bytes. A machine that lacks one of them fails its tests, and the error says what is missing."""
+
+MIB = 1 << 20
+
+BOUND = 60
+"""Seconds; longer than anything that is waited for takes on a slow machine."""
 
 SHAPES = [(37, 53), (101,), (), (3, 19, 23), (400, 300)]
 
@@ -86,6 +94,17 @@ def pair(name, swap_dir, shapes=SHAPES, options=None, **swap):
     reference = Lion if name == "Lion" else getattr(torch.optim, name)
     unfused = {} if name in ("Lion", "Muon") else {"foreach": False}
     return ours, optimizer, theirs, reference(theirs, **options, **unfused)
+
+
+def random_bytes(length, seed=0):
+    return torch.randint(256, (length,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def pinned(handle, tensor, skip=0):
+    """The tensor in pinned memory, `skip` bytes from its beginning."""
+    whole = handle.new_cpu_locked_tensor(tensor.nbytes + skip, torch.empty(0, dtype=torch.uint8))
+    copy = whole[skip:].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
 
 
 def status(name):

@@ -19,11 +19,11 @@ from deepspeed.ops.aio import AsyncIOBuilder
 from deepspeed.ops.op_builder.gds import GDSBuilder
 
 import overspill
+from support import BACKENDS
 
 EXAMPLE = pathlib.Path(__file__).parents[3] / "examples" / "deepspeed" / "train.py"
 # Longer than anything here takes on a slow machine.
 BOUND = 600
-BACKENDS = ("io_uring", "threads")
 # DeepSpeed's accelerator for the CPU compiles a collective of its own, which has nothing to do with storage.
 RUN_EXAMPLE = """
 import runpy, sys
@@ -55,7 +55,9 @@ def no_compiler(tmp_path):
 
 
 def run_python(script, environment):
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=BOUND)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=BOUND
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -175,13 +177,25 @@ def losses(environment, ranks, folder, *options):
     """Trains the example; the losses of the first rank, exactly."""
     path = folder / f"losses{len(list(folder.iterdir()))}.json"
     port = str(free_port())
-    command = [sys.executable, "-c", RUN_EXAMPLE, str(EXAMPLE), "--steps", "5", "--losses", str(path), *options]
+    command = [
+        sys.executable,
+        "-c",
+        RUN_EXAMPLE,
+        str(EXAMPLE),
+        "--steps",
+        "5",
+        "--losses",
+        str(path),
+        *options,
+    ]
     processes = []
     for rank in range(ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         log = open(folder / f"log{rank}", "w+")
-        processes.append((subprocess.Popen(command, env={**environment, **place}, stdout=log, stderr=log, cwd=folder), log))
+        processes.append(
+            (subprocess.Popen(command, env={**environment, **place}, stdout=log, stderr=log, cwd=folder), log)
+        )
     try:
         for process, log in processes:
             process.wait(BOUND)
@@ -195,13 +209,13 @@ def losses(environment, ranks, folder, *options):
     return [float.fromhex(loss) for loss in json.loads(path.read_text())]
 
 
-@pytest.mark.parametrize("ranks", (1, 2))
-def test_training_on_storage_has_the_losses_of_training_in_memory(no_compiler, tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "backends"), ((1, BACKENDS), (2, ("io_uring", "aio"))))
+def test_training_on_storage_has_the_losses_of_training_in_memory(no_compiler, tmp_path, ranks, backends):
     """Swapping must not change a bit, so what swaps nothing is the reference: it needs neither op."""
     swap = tmp_path / "swap"
     expected = losses(no_compiler, ranks, tmp_path, "--in-memory")
     assert expected[-1] < expected[0] - 1, "it learns"
-    for backend in BACKENDS:
+    for backend in backends:
         environment = {**no_compiler, "OVERSPILL_BACKEND": backend}
         assert losses(environment, ranks, tmp_path, "--swap-dir", str(swap)) == expected
         for rank in range(ranks):

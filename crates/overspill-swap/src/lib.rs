@@ -80,6 +80,7 @@ mod names;
 pub mod optimizer;
 pub mod pipeline;
 mod profile;
+mod sites;
 mod slot;
 mod snapshot;
 mod steps;
@@ -100,6 +101,7 @@ pub use manifest::{LaneRecord, Manifest, ManifestError, TensorRecord, VERSION as
 #[cfg(feature = "sim")]
 pub use names::outage::{Endangered, Links, endanger};
 pub use profile::{Profile, ProfileError};
+pub use sites::{ServedVolume, VolumeSite, VolumeSites};
 pub use slot::{Kept, Slot};
 #[cfg(feature = "sim")]
 pub use steps::{Step, watch_steps};

@@ -1,6 +1,7 @@
 """The native half of the package; what users call is in the modules beside it."""
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 
 from torch import Tensor
 
@@ -35,7 +36,10 @@ class Optimizer:
         tile_bytes: int | None = None,
         resident_bytes_max: int | None = None,
     ) -> Optimizer:
-        """State without contents in new directories, one per disk; the first is the store's home.
+        """State without contents in new directories, absolute paths, one per disk; the first is the store's home.
+
+        They are served as the profile of ``overspill tune`` beside them says, and have shares by their bandwidths; of
+        several, those that have no profile are measured. A profile that is damaged is told by a ``RuntimeWarning``.
 
         ``moments`` is ``"float32"``, ``"bfloat16"`` or ``"8bit"``. ``stochastic``: bf16 parameters have no fp32 master.
         ``durability`` is ``"step"`` or ``"none"`` (then there is no commit). ``backend`` is ``"auto"``, ``"io_uring"``,
@@ -131,11 +135,16 @@ class Optimizer:
     def report(self) -> dict[str, object]:
         """Plan and counters: ``backend``, ``degraded_reason``, ``state_bytes``, ``resident_bytes``, ``memory_bytes``,
         ``depth``, ``tile_bytes``, ``bytes_read``, ``bytes_written``, ``seconds_step`` (native time of all
-        steps), ``seconds_load``, ``seconds_compute``, ``seconds_store``, ``passes``, ``generation``.
+        steps), ``seconds_load``, ``seconds_compute``, ``seconds_store``, ``passes``, ``generation``; and ``volumes``: a
+        dictionary for each directory, with its ``directory``, ``weight`` (its share of the data), ``rings``,
+        ``chunk_bytes``, ``queue_depth``, ``read_gbps`` and ``write_gbps`` (``None`` if nobody knows).
         """
 
     def close(self) -> None:
         """Ends all I/O and releases everything; any other call is refused afterwards."""
+
+Order = tuple[Tensor, "str | bytes | PathLike[str] | PathLike[bytes] | int", bool, int, bool, Tensor | None]
+"""``(tensor, file, write, offset, validate, landing)``: once ``tensor`` is read, it is copied to ``landing``."""
 
 class Handle:
     """The engine behind :class:`overspill.aio_handle`. All calls that move or wait release the GIL."""
@@ -149,28 +158,11 @@ class Handle:
     def degraded(self) -> str | None:
         """Why it is not the best one, if nobody asked for it."""
 
-    def submit(
-        self,
-        tensor: Tensor,
-        file: str | int,
-        write: bool,
-        offset: int,
-        validate: bool,
-        landing: Tensor | None,
-    ) -> None:
-        """Begins to move ``tensor``. Once it is read, it is copied to ``landing``."""
+    def submit(self, order: Order) -> None:
+        """Begins to move a tensor."""
 
-    def run(
-        self,
-        tensor: Tensor,
-        file: str | int,
-        write: bool,
-        offset: int,
-        validate: bool,
-        landing: Tensor | None,
-        alone: bool,
-    ) -> int:
-        """Moves ``tensor`` and waits: for that ``alone``, which is never counted, or as :meth:`wait` does."""
+    def run(self, order: Order, alone: bool) -> int:
+        """Moves a tensor and waits: for that ``alone``, which is never counted, or as :meth:`wait` does."""
 
     def wait(self) -> int:
         """Waits for everything that was asked for; how many operations no other wait has counted."""

@@ -14,6 +14,7 @@ that looks like success; nothing ends the process. :func:`overspill.deepspeed.in
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 import warnings
 import weakref
@@ -54,7 +55,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
             ``OVERSPILL_BACKEND`` says, or else ``"auto"``.
 
     Raises:
-        overspill.errors.ArgumentError: a number is too small, or the backend unknown.
+        overspill.errors.ArgumentError: a number is too small or none, or the backend unknown.
         overspill.errors.EngineError: the backend does not work here.
 
     Warns:
@@ -130,7 +131,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
 
         As :meth:`pread`, which see for arguments and errors.
         """
-        self._run(buffer, filename, False, file_offset, validate, alone=True)
+        self._native.run(_order(buffer, filename, False, file_offset, validate), True)
         return 0
 
     def write(self, buffer: torch.Tensor, filename: File, validate: bool, file_offset: int = 0) -> int:
@@ -138,7 +139,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
 
         As :meth:`pwrite`, which see for arguments and errors.
         """
-        self._run(buffer, filename, True, file_offset, validate, alone=True)
+        self._native.run(_order(buffer, filename, True, file_offset, validate), True)
         return 0
 
     # `async` is DeepSpeed's name of the parameter and a keyword of Python's.
@@ -155,13 +156,16 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
             file_offset: bytes of the file to skip.
 
         Raises:
+            overspill.errors.ArgumentError: nothing is called so, or no file is so large.
+            overspill.errors.UnsupportedError: the tensor has no contents, is not dense or, to be read into, has elements
+                that share memory.
             overspill.errors.StorageError: the file cannot be opened. What fails later is told by the wait that covers it:
             overspill.errors.EndOfFileError: the file ends too early; ``buffer`` may have changed in part.
             overspill.errors.CorruptionError: validation has found another byte.
             overspill.errors.ForkError: the handle is another process's.
         """
         wait, offset = _asynchronous("pread", arguments, named)
-        return self._begin(buffer, filename, False, offset, validate, wait)
+        return self._move(_order(buffer, filename, False, offset, validate), wait)
 
     def pwrite(
         self, buffer: torch.Tensor, filename: File, validate: bool, *arguments: Any, **named: Any
@@ -179,25 +183,28 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
             file_offset: bytes of the file to skip.
 
         Raises:
+            overspill.errors.ArgumentError: nothing is called so, or no file is so large.
+            overspill.errors.UnsupportedError: the tensor has no contents, is not dense or, to be read into, has elements
+                that share memory.
             overspill.errors.StorageError: the file cannot be opened. What fails later is told by the wait that covers it:
             overspill.errors.DiskFullError: there is no room; the bytes that there was room for may have been written.
             overspill.errors.CorruptionError: validation has found another byte.
             overspill.errors.ForkError: the handle is another process's.
         """
         wait, offset = _asynchronous("pwrite", arguments, named)
-        return self._begin(buffer, filename, True, offset, validate, wait)
+        return self._move(_order(buffer, filename, True, offset, validate), wait)
 
     def sync_pread(self, buffer: torch.Tensor, filename: File, file_offset: int = 0) -> int:
         """:meth:`pread` that waits: the number of operations that have ended, with those that were pending."""
-        return self._begin(buffer, filename, False, file_offset, False, True)
+        return self._move(_order(buffer, filename, False, file_offset), True)
 
     def sync_pwrite(self, buffer: torch.Tensor, filename: File, file_offset: int = 0) -> int:
         """:meth:`pwrite` that waits: the number of operations that have ended, with those that were pending."""
-        return self._begin(buffer, filename, True, file_offset, False, True)
+        return self._move(_order(buffer, filename, True, file_offset), True)
 
     def async_pread(self, buffer: torch.Tensor, filename: File, file_offset: int = 0) -> int:
         """:meth:`pread` that does not wait. Returns 0."""
-        return self._begin(buffer, filename, False, file_offset, False, False)
+        return self._move(_order(buffer, filename, False, file_offset), False)
 
     def async_pwrite(
         self,
@@ -211,7 +218,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         target = filename if fd is None else fd
         if target is None or (filename is not None and fd is not None):
             raise TypeError("async_pwrite() takes either filename or fd")
-        return self._begin(buffer, target, True, file_offset, False, False)
+        return self._move(_order(buffer, target, True, file_offset), False)
 
     def wait(self) -> int:
         """Waits until everything that was asked for is over; the number of operations, 0 if nothing was pending.
@@ -221,6 +228,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         Raises:
             overspill.errors.OverspillError: an operation has failed: the first one's error, with its path and errno. The
                 others are over too, and the handle is as good as before.
+            overspill.errors.StateError: what was read by way of the CPU's memory cannot be copied to its tensor.
             KeyboardInterrupt: everything goes on, and the next wait covers it.
         """
         return self._native.wait()
@@ -232,35 +240,27 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         the last tensor over it is gone and no I/O uses it, also without :meth:`free_cpu_locked_tensor`.
 
         Raises:
+            overspill.errors.ArgumentError: for a negative number, and for what is no whole one.
             overspill.errors.MemoryBudgetError: the system has not as much memory.
         """
-        return pinned_tensor(num_elem, example_tenosr.dtype)
+        return pinned_tensor(num_elem, _tensor(example_tenosr).dtype)
 
     def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> bool:
         """Gives a pinned tensor up; whether it was one, of this handle or another, from its first byte on.
 
         The tensor can be used on: it is no longer pinned, and its memory goes with it.
         """
-        return _native.unpin(tensor.data_ptr())
+        return unpin(tensor)
 
     def is_pinned(self, buffer: torch.Tensor) -> bool:
         """Whether ``buffer`` is moved without a copy: it lies in a pinned tensor of any handle, or is pinned by torch."""
         return is_pinned(buffer)
 
-    def _begin(
-        self, buffer: torch.Tensor, file: File, write: bool, offset: int, validate: bool, wait: bool
-    ) -> int:
+    def _move(self, order: _native.Order, wait: bool) -> int:
         if wait:
-            return self._run(buffer, file, write, offset, validate, alone=False)
-        host, landing = _on_host(buffer, write)
-        self._native.submit(host, _name(file), write, offset, validate, landing)
+            return self._native.run(order, False)
+        self._native.submit(order)
         return 0
-
-    def _run(
-        self, buffer: torch.Tensor, file: File, write: bool, offset: int, validate: bool, alone: bool
-    ) -> int:
-        host, landing = _on_host(buffer, write)
-        return self._native.run(host, _name(file), write, offset, validate, landing, alone)
 
 
 # The reasons for worse backends that were told.
@@ -271,46 +271,103 @@ def pinned_tensor(num_elem: int, dtype: torch.dtype) -> torch.Tensor:
     """A pinned tensor of ``num_elem`` elements, whose contents are anything.
 
     Raises:
-        ArgumentError: for a negative number.
+        ArgumentError: for a negative number, and for what is no whole one.
         MemoryBudgetError: the system has not as much memory.
     """
-    num_elem = int(num_elem)
+    try:
+        num_elem = operator.index(num_elem)
+    except TypeError:
+        raise ArgumentError(
+            f"num_elem is of type {type(num_elem).__name__}, but must be a whole number"
+        ) from None
     if num_elem < 0:
-        raise ArgumentError(f"num_elem is {num_elem}, but must not be negative")
+        raise ArgumentError("num_elem is negative: give the number of elements")
     if num_elem * dtype.itemsize >= 1 << 63:
-        raise MemoryBudgetError(f"no system has memory for {num_elem} elements of {dtype}")
+        raise MemoryBudgetError(f"no system has memory for so many elements of {dtype}")
     if num_elem == 0:
         return torch.empty(0, dtype=dtype)
     memory = _native.Pinned(num_elem * dtype.itemsize)
     array = (ctypes.c_uint8 * len(memory)).from_address(memory.address)
     # The tensor keeps the array, and the array the memory.
-    array.memory = memory
+    array.memory = memory  # type: ignore[attr-defined]
     return torch.frombuffer(array, dtype=dtype, count=num_elem)
+
+
+def unpin(tensor: torch.Tensor) -> bool:
+    """Gives a pinned tensor up; whether it was one, from its first byte on."""
+    return _has_memory(tensor) and _native.unpin(tensor.data_ptr())
 
 
 def is_pinned(buffer: torch.Tensor) -> bool:
     """Whether all of ``buffer`` is pinned, by overspill or by torch."""
-    if buffer.device.type != "cpu":
+    if not _has_memory(buffer):
         return False
     return _native.is_pinned(buffer.data_ptr(), buffer.nbytes) or buffer.is_pinned()
 
 
-def _name(file: File) -> str | int:
-    return file if isinstance(file, int) else os.fsdecode(file)
+def _tensor(given: torch.Tensor) -> torch.Tensor:
+    """What was given as a tensor, which it is.
+
+    Raises:
+        UnsupportedError: for anything else.
+    """
+    if not isinstance(given, torch.Tensor):
+        raise UnsupportedError(f"a torch.Tensor is needed, not {type(given).__name__}")
+    return given
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether the processor has the tensor's elements, one behind the other or with gaps."""
+    return _tensor(tensor).layout is torch.strided and tensor.device.type == "cpu"
+
+
+def _order(
+    buffer: torch.Tensor, file: File, write: bool, offset: int, validate: bool = False
+) -> _native.Order:
+    """What the native half is asked for: what is moved, and what has to be copied from it when it has been read.
+
+    Raises:
+        UnsupportedError: for what cannot be moved.
+    """
+    host, landing = _on_host(_tensor(buffer), write)
+    return host, file, write, offset, bool(validate), landing
 
 
 def _on_host(buffer: torch.Tensor, write: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What is moved, and what has to be copied from it when it has been read."""
     if buffer.layout is not torch.strided or buffer.device.type == "meta":
-        raise UnsupportedError("tensors without contents, and those that are not dense, cannot be moved")
+        raise UnsupportedError(
+            "tensors without contents, and those that are not dense, cannot be moved: materialize it, or call "
+            ".to_dense() first"
+        )
     # Of these, torch has yet to turn the signs: the bytes are others than the numbers'.
     is_lazy = buffer.is_conj() or buffer.is_neg()
     if buffer.device.type == "cpu" and buffer.is_contiguous() and not is_lazy:
         return buffer, None
     if write:
         return buffer.detach().to("cpu").resolve_conj().resolve_neg().contiguous(), None
+    if buffer.is_nested:
+        raise UnsupportedError(
+            "a nested tensor can be read into where it has no gaps: call .contiguous() first"
+        )
+    if _overlaps(buffer):
+        raise UnsupportedError(
+            "elements of the tensor share memory, so they cannot all be read: read into a tensor of its own, for "
+            "example torch.empty(tensor.shape, dtype=tensor.dtype)"
+        )
     host = pinned_tensor(buffer.numel(), buffer.dtype).view(buffer.shape)
     return host, buffer.detach()
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether elements may share memory: a dimension does not step over all that the finer ones reach."""
+    reach = 0
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1
+    ):
+        if stride <= reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False
 
 
 def _asynchronous(function: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[bool, int]:

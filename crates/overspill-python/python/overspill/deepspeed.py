@@ -20,12 +20,12 @@ import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Callable
 
 import torch
 
 from overspill import _native
-from overspill.aio import File, aio_handle, is_pinned, pinned_tensor
+from overspill.aio import File, aio_handle, is_pinned, pinned_tensor, unpin
 
 __all__ = ["install", "is_installed", "uninstall"]
 
@@ -66,34 +66,23 @@ def is_installed() -> bool:
     return _finder in sys.meta_path
 
 
-def _aio_read(
-    buffer: torch.Tensor,
-    filename: File,
-    block_size: int,
-    queue_depth: int,
-    single_submit: bool,
-    overlap_events: bool,
-    validate: bool,
-    /,
-) -> int:
-    """Fills ``buffer`` from the beginning of a file. Returns 0."""
-    handle = aio_handle(block_size, queue_depth, single_submit, overlap_events)
-    return handle.read(buffer, filename, validate)
+def _with_handle(move: Callable[[aio_handle, torch.Tensor, File, bool], int]) -> Callable[..., int]:
+    """A method of a handle as the op has it without one: it moves a buffer from or to the beginning of a file."""
 
+    def moved(
+        buffer: torch.Tensor,
+        filename: File,
+        block_size: int,
+        queue_depth: int,
+        single_submit: bool,
+        overlap_events: bool,
+        validate: bool,
+        /,
+    ) -> int:
+        handle = aio_handle(block_size, queue_depth, single_submit, overlap_events)
+        return move(handle, buffer, filename, validate)
 
-def _aio_write(
-    buffer: torch.Tensor,
-    filename: File,
-    block_size: int,
-    queue_depth: int,
-    single_submit: bool,
-    overlap_events: bool,
-    validate: bool,
-    /,
-) -> int:
-    """Writes ``buffer`` to the beginning of a file. Returns 0."""
-    handle = aio_handle(block_size, queue_depth, single_submit, overlap_events)
-    return handle.write(buffer, filename, validate)
+    return moved
 
 
 def _memcpy(dest: torch.Tensor, src: torch.Tensor, /) -> int:
@@ -111,7 +100,7 @@ class _PinHandle:
 
     def free_cpu_locked_tensor(self, locked_tensor: torch.Tensor) -> bool:
         """Gives a pinned tensor up; whether it was one."""
-        return _native.unpin(locked_tensor.data_ptr())
+        return unpin(locked_tensor)
 
     def free_cpu_locked_tensor_by_ptr(self, address: int) -> bool:
         """Gives the pinned tensor at ``address`` up; whether there was one."""
@@ -125,7 +114,10 @@ class _PinHandle:
 # What the builders load, by the name of the op.
 _OPS = {
     "async_io": SimpleNamespace(
-        aio_handle=aio_handle, aio_read=_aio_read, aio_write=_aio_write, deepspeed_memcpy=_memcpy
+        aio_handle=aio_handle,
+        aio_read=_with_handle(aio_handle.read),
+        aio_write=_with_handle(aio_handle.write),
+        deepspeed_memcpy=_memcpy,
     ),
     "pin_memory": SimpleNamespace(pin_handle=_PinHandle),
 }

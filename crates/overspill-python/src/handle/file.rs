@@ -4,14 +4,20 @@
 //! it is never cut; symbolic links are followed. Of a descriptor the file is opened anew, so that no flag or position of
 //! the caller's is changed, and the caller may close it at once.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use overspill_io::{Direction, Engine, IoError};
+use pyo3::exceptions::PyUnicodeError;
+use pyo3::prelude::*;
+use pyo3::types::PyBool;
 
 use super::order::FileKey;
+use crate::argument::{shown, whole};
 use crate::error::Error;
 use crate::tensor::Tensor;
 
@@ -20,6 +26,31 @@ use crate::tensor::Tensor;
 pub(super) enum Name {
     Path(PathBuf),
     Descriptor(i32),
+}
+
+impl Name {
+    /// What Python means by `file`: a path of any kind that `os` knows, or a number.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for what cannot be the name of a file.
+    pub(super) fn of(file: &Bound<'_, PyAny>) -> Result<Self, Error> {
+        let refused = |reason: &str| Error::Argument(format!("{} is no file: {reason}", shown(file)));
+        let is_number = !file.is_instance_of::<PyBool>() && file.hasattr("__index__").unwrap_or(false);
+        if is_number {
+            return whole("the descriptor", file, 0..=i32::MAX).map(Self::Descriptor);
+        }
+        let encoded = file.py().import("os").and_then(|os| os.call_method1("fsencode", (file,)));
+        let path: Vec<u8> = encoded.and_then(|path| path.extract()).map_err(|error| match error
+            .is_instance_of::<PyUnicodeError>(file.py())
+        {
+            true => refused("no file system has such characters"),
+            false => refused("give its path, or its descriptor"),
+        })?;
+        if path.is_empty() || path.contains(&0) {
+            return Err(refused("its path must have characters, and none of them be NUL"));
+        }
+        Ok(Self::Path(OsString::from_vec(path).into()))
+    }
 }
 
 /// A file that an engine can use.

@@ -22,12 +22,12 @@ pub(crate) mod pinned;
 mod plan;
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use overspill_io::{BLOCK_ALIGNMENT, BackendChoice, Direction, Engine, EngineConfig};
+use overspill_io::{BLOCK_ALIGNMENT, Direction, Engine, EngineConfig};
+use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 
 use self::crew::{Crew, Job, Load, PIECE_BYTES};
@@ -35,6 +35,7 @@ use self::file::Name;
 use self::operation::Operation;
 use self::order::Footprint;
 use self::plan::{Route, Way};
+use crate::argument::{self, shown, whole};
 use crate::border::{Owned, outside};
 use crate::error::Error;
 use crate::tensor::Tensor;
@@ -68,8 +69,7 @@ struct Pending {
     claim: Claim,
     /// Whether whoever waits for it counts it.
     counts: bool,
-    /// Where the bytes go at last, and where they are, if the tensor itself cannot be read into.
-    landing: Option<(Py<PyAny>, Py<PyAny>)>,
+    landing: Option<Landing>,
 }
 
 impl Pending {
@@ -101,7 +101,17 @@ struct Order {
     offset: u64,
     is_pinned: bool,
     is_validated: bool,
+    landing: Option<Landing>,
 }
+
+/// Where bytes go at last, and where they are, if the tensor itself cannot be read into.
+struct Landing {
+    target: Py<PyAny>,
+    host: Py<PyAny>,
+}
+
+/// An order as Python gives it: `(tensor, file, write, offset, validate, landing)`.
+type Asked<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, bool, Bound<'py, PyAny>, bool, Option<Py<PyAny>>);
 
 #[pymethods]
 impl Handle {
@@ -109,18 +119,16 @@ impl Handle {
     #[new]
     fn new(
         py: Python<'_>,
-        block_size: i64,
-        queue_depth: i64,
-        intra_op_parallelism: i64,
-        backend: &str,
+        block_size: &Bound<'_, PyAny>,
+        queue_depth: &Bound<'_, PyAny>,
+        intra_op_parallelism: &Bound<'_, PyAny>,
+        backend: &Bound<'_, PyAny>,
     ) -> PyResult<Self> {
+        let at_least_one = |name, value| whole(name, value, 1..=isize::MAX as usize);
         let block_bytes = at_least_one("block_size", block_size)?.min(BLOCK_BYTES_MAX);
         let queue_depth = at_least_one("queue_depth", queue_depth)?.min(QUEUE_DEPTH_MAX);
         let threads = at_least_one("intra_op_parallelism", intra_op_parallelism)?.min(THREADS_MAX);
-        let backend: BackendChoice = backend.parse().map_err(|unknown| {
-            let unknown: overspill_io::UnknownBackend = unknown;
-            Error::Argument(unknown.to_string())
-        })?;
+        let backend = argument::backend(&backend.extract::<String>().unwrap_or_else(|_| shown(backend)))?;
         let chunk_bytes = block_bytes.next_multiple_of(BLOCK_ALIGNMENT);
         let default = EngineConfig::default();
         let config = EngineConfig {
@@ -151,43 +159,20 @@ impl Handle {
         Ok(self.core.get()?.engine.report().degraded)
     }
 
-    /// Begins to move `tensor`. Once it is read, it is copied to `landing`, if there is one.
-    #[expect(clippy::too_many_arguments, reason = "they are those of DeepSpeed's calls")]
-    fn submit(
-        &self,
-        py: Python<'_>,
-        tensor: &Bound<'_, PyAny>,
-        file: FileArgument,
-        write: bool,
-        offset: i64,
-        validate: bool,
-        landing: Option<Py<PyAny>>,
-    ) -> PyResult<()> {
+    /// Begins to move a tensor.
+    fn submit(&self, py: Python<'_>, order: Asked<'_>) -> PyResult<()> {
         let core = self.core.get()?;
-        let order = Order::new(tensor, file, write, offset, validate)?;
-        let landing = landing.map(|target| (target, tensor.clone().unbind()));
-        outside(py, || core.submit(order, Claim::Nobody, true, landing))
+        let order = Order::of(order)?;
+        outside(py, || core.submit(order, Claim::Nobody, true))
     }
 
-    /// Moves `tensor` and waits for that: for that `alone`, which no wait counts; otherwise, as [`Handle::wait`] does, also
+    /// Moves a tensor and waits for that: for that `alone`, which no wait counts; otherwise, as [`Handle::wait`] does, also
     /// for everything that was asked for before.
-    #[expect(clippy::too_many_arguments, reason = "they are those of DeepSpeed's calls")]
-    fn run(
-        &self,
-        py: Python<'_>,
-        tensor: &Bound<'_, PyAny>,
-        file: FileArgument,
-        write: bool,
-        offset: i64,
-        validate: bool,
-        landing: Option<Py<PyAny>>,
-        alone: bool,
-    ) -> PyResult<usize> {
+    fn run(&self, py: Python<'_>, order: Asked<'_>, alone: bool) -> PyResult<usize> {
         let core = self.core.get()?;
-        let order = Order::new(tensor, file, write, offset, validate)?;
-        let landing = landing.map(|target| (target, tensor.clone().unbind()));
+        let order = Order::of(order)?;
         let waiter = core.waiter();
-        outside(py, || core.submit(order, Claim::Caller(waiter), !alone, landing))?;
+        outside(py, || core.submit(order, Claim::Caller(waiter), !alone))?;
         core.wait(py, waiter, !alone)
     }
 
@@ -206,52 +191,46 @@ impl Handle {
     }
 }
 
-/// A file as Python names it.
-#[derive(FromPyObject)]
-enum FileArgument {
-    #[pyo3(transparent)]
-    Descriptor(i32),
-    #[pyo3(transparent)]
-    Path(PathBuf),
-}
-
 impl Order {
-    fn new(
-        tensor: &Bound<'_, PyAny>,
-        file: FileArgument,
-        write: bool,
-        offset: i64,
-        validate: bool,
-    ) -> PyResult<Self> {
-        let offset = u64::try_from(offset)
-            .map_err(|_| Error::Argument(format!("file_offset is {offset}, but must not be negative")))?;
-        let name = match file {
-            FileArgument::Descriptor(number) => Name::Descriptor(number),
-            FileArgument::Path(path) => Name::Path(path),
-        };
+    fn of((tensor, file, write, offset, validate, landing): Asked<'_>) -> PyResult<Self> {
+        let offset = whole("file_offset", &offset, 0..=i64::MAX)?.unsigned_abs();
+        let name = Name::of(&file)?;
+        let landing = landing.map(|target| Landing { target, host: tensor.clone().unbind() });
         // Another tensor over the same storage: assigning to `data` meanwhile changes the caller's only.
         let alias = tensor.call_method0("detach")?;
         let tensor = Arc::new(Tensor::of(&alias)?);
         let is_pinned = pinned::is_pinned(tensor.address(), tensor.len())
             || alias.call_method0("is_pinned")?.extract::<bool>()?;
         let direction = if write { Direction::Write } else { Direction::Read };
-        Ok(Self { tensor, name, direction, offset, is_pinned, is_validated: validate })
+        Ok(Self { tensor, name, direction, offset, is_pinned, is_validated: validate, landing })
+    }
+}
+
+impl Landing {
+    /// Brings the bytes where they are to be.
+    fn copy(&self, py: Python<'_>) -> PyResult<()> {
+        match self.target.call_method1(py, "copy_", (&self.host,)) {
+            Err(error) if error.is_instance_of::<PyException>(py) => {
+                let reason = shown(error.value(py));
+                let message = format!("what was read cannot be copied to its tensor as it is now: {reason}");
+                Err(Error::State(message).into())
+            }
+            copied => copied.map(drop),
+        }
     }
 }
 
 impl Core {
     /// Opens the file and begins; what can be begun here and now is.
-    fn submit(
-        &self,
-        order: Order,
-        claim: Claim,
-        counts: bool,
-        landing: Option<(Py<PyAny>, Py<PyAny>)>,
-    ) -> Result<(), Error> {
-        let Order { tensor, name, direction, offset, is_pinned, is_validated } = order;
+    fn submit(&self, order: Order, claim: Claim, counts: bool) -> Result<(), Error> {
+        let Order { tensor, name, direction, offset, is_pinned, is_validated, landing } = order;
         let bytes = tensor.len();
         let end = offset.checked_add(bytes as u64).filter(|&end| i64::try_from(end).is_ok());
-        let end = end.ok_or_else(|| Error::Argument(format!("file_offset {offset} is too large")))?;
+        let end = end.ok_or_else(|| {
+            Error::Argument(format!(
+                "file_offset is {offset}, and no file has {bytes} bytes there: give a smaller one"
+            ))
+        })?;
         let opened = file::open(&self.engine, &name, direction)?;
         let (address, alignment) = (tensor.address(), opened.file.alignment());
         let pieces = Route { address, bytes, offset, alignment, is_pinned }.pieces(PIECE_BYTES);
@@ -312,14 +291,17 @@ impl Core {
                 return Err(signal);
             }
         }
-        for (target, host) in self.settle(waiter) {
-            target.call_method1(py, "copy_", (host,))?;
+        let landed = self.settle(waiter).into_iter().map(|landing| landing.copy(py));
+        // All of them, whatever became of the first.
+        let refused = landed.filter_map(Result::err).reduce(|first, _| first);
+        match failure(&covered) {
+            Some(error) => Err(error.into()),
+            None => refused.map_or(Ok(count), Err),
         }
-        failure(&covered).map_or(Ok(count), |error| Err(error.into()))
     }
 
     /// Takes what is over out of the books; what was read into other memory is to be copied.
-    fn settle(&self, waiter: Waiter) -> Vec<(Py<PyAny>, Py<PyAny>)> {
+    fn settle(&self, waiter: Waiter) -> Vec<Landing> {
         let mut pending = self.pending();
         let all = std::mem::take(&mut *pending);
         let (over, rest): (Vec<_>, Vec<_>) = all.into_iter().partition(|entry| entry.is_of(waiter));
@@ -368,9 +350,4 @@ fn failure(operations: &[Arc<Operation>]) -> Option<Error> {
     let mut failures = operations.iter().filter_map(|operation| operation.failure());
     let first = failures.next()?;
     Some(Error::Several { first, more: failures.count() })
-}
-
-fn at_least_one(name: &str, value: i64) -> Result<usize, Error> {
-    let refused = || Error::Argument(format!("{name} is {value}, but must be at least 1"));
-    usize::try_from(value).ok().filter(|&value| value > 0).ok_or_else(refused)
 }

@@ -6,17 +6,19 @@
 #![expect(clippy::needless_pass_by_value, reason = "arguments come from Python by value")]
 
 mod coefficients;
+mod identity;
 mod recipe;
 mod restoring;
 mod swapped;
 mod weights;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use overspill_io::BackendChoice;
 use overspill_optim::Isa;
-use overspill_swap::Durability;
+use overspill_swap::{Durability, Profile, ServedVolume, VolumeSite};
+use pyo3::exceptions::PyRuntimeWarning;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping};
 use serde_json::Value;
@@ -24,6 +26,7 @@ use serde_json::Value;
 use self::coefficients::Group;
 use self::recipe::{Described, Formats};
 use self::swapped::{Entry, Options, Shown, Swapped};
+use crate::argument;
 use crate::border::{Owned, computing_threads, outside};
 use crate::error::Error;
 use crate::tensor::Tensor;
@@ -41,6 +44,32 @@ pub(crate) struct Optimizer {
 type GivenEntry<'py> = (usize, usize, u64, Bound<'py, PyAny>, Bound<'py, PyAny>);
 /// `(parameter, weight, {field: tensor})`.
 type GivenState<'py> = (usize, Bound<'py, PyAny>, Bound<'py, PyMapping>);
+
+/// A directory of the state; a dictionary in Python.
+#[derive(IntoPyObject)]
+struct VolumeReport {
+    directory: OsString,
+    weight: u32,
+    rings: usize,
+    chunk_bytes: usize,
+    queue_depth: usize,
+    read_gbps: Option<f64>,
+    write_gbps: Option<f64>,
+}
+
+impl From<&ServedVolume> for VolumeReport {
+    fn from(served: &ServedVolume) -> Self {
+        Self {
+            directory: served.directory().into(),
+            weight: served.volume.weight,
+            rings: served.volume.engines.len(),
+            chunk_bytes: served.chunk_bytes,
+            queue_depth: served.queue_depth,
+            read_gbps: served.bandwidth.map(|known| known.read_gbps),
+            write_gbps: served.bandwidth.map(|known| known.write_gbps),
+        }
+    }
+}
 
 #[pymethods]
 impl Optimizer {
@@ -63,21 +92,19 @@ impl Optimizer {
         tile_bytes: Option<usize>,
         resident_bytes_max: Option<usize>,
     ) -> PyResult<Self> {
-        let formats = Formats { moments: Formats::moments(moments)?, stochastic, initial_accumulator };
-        let (durability, backend) = (durability_of(durability)?, backend_of(backend)?);
         let options = Options {
-            directories,
-            formats,
-            durability,
-            backend,
+            formats: Formats { moments: Formats::moments(moments)?, stochastic, initial_accumulator },
+            durability: durability_of(durability)?,
+            backend: argument::backend(backend)?,
             memory_bytes,
             resident_bytes_max,
             depth,
             tile_bytes,
         };
+        let sites = sites(py, directories)?;
         outside(py, || {
             computing_threads()?;
-            Swapped::create(parameters, options)
+            Swapped::create(parameters, sites, options)
         })
         .map(Self::over)
     }
@@ -102,22 +129,20 @@ impl Optimizer {
         resident_bytes_max: Option<usize>,
         snapshot: Option<String>,
     ) -> PyResult<Self> {
-        let formats = Formats { moments: Formats::moments(moments)?, stochastic, initial_accumulator };
-        let (durability, backend) = (durability_of(durability)?, backend_of(backend)?);
         let options = Options {
-            directories,
-            formats,
-            durability,
-            backend,
+            formats: Formats { moments: Formats::moments(moments)?, stochastic, initial_accumulator },
+            durability: durability_of(durability)?,
+            backend: argument::backend(backend)?,
             memory_bytes,
             resident_bytes_max,
             depth,
             tile_bytes: None,
         };
+        let sites = sites(py, directories)?;
         let mut weights = tensors(&weights)?;
         outside(py, || {
             computing_threads()?;
-            Swapped::open(parameters, &mut weights, options, snapshot.as_deref())
+            Swapped::open(parameters, &mut weights, sites, options, snapshot.as_deref())
         })
         .map(Self::over)
     }
@@ -209,23 +234,25 @@ impl Optimizer {
     }
 
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let (report, stats, generation, phases, stepping, sizes) = self.with(py, |swapped| {
+        let (volumes, engines, stats, generation, phases, stepping, sizes) = self.with(py, |swapped| {
             let swapper = swapped.swapper()?;
             let plan = swapper.plan();
             let sizes = [
                 ("state_bytes", plan.state_bytes()),
                 ("resident_bytes", plan.kept_bytes()),
-                ("memory_bytes", plan.total_bytes() + weights::MEMORY_BYTES),
+                ("memory_bytes", swapped.memory_bytes()?),
                 ("depth", plan.depth()),
                 ("tile_bytes", plan.tile_bytes()),
             ];
-            let store = swapped.store();
-            let (report, stepping) = (swapped.engine_report(), swapped.stepping());
-            Ok((report, store.stats(), store.generation(), swapper.phases(), stepping, sizes))
+            let (store, served) = (swapped.store(), swapped.volumes());
+            let volumes: Vec<_> = served.iter().map(VolumeReport::from).collect();
+            let engines: Vec<_> = served.iter().map(ServedVolume::report).collect();
+            let (generation, phases) = (store.generation(), swapper.phases());
+            Ok((volumes, engines, store.stats(), generation, phases, swapped.stepping(), sizes))
         })?;
         let told = PyDict::new(py);
-        told.set_item("backend", report.backend.to_string())?;
-        told.set_item("degraded_reason", report.degraded)?;
+        told.set_item("backend", engines[0].backend.to_string())?;
+        told.set_item("degraded_reason", engines.into_iter().find_map(|report| report.degraded))?;
         for (name, size) in sizes {
             told.set_item(name, size)?;
         }
@@ -237,6 +264,7 @@ impl Optimizer {
         told.set_item("seconds_store", phases.swap_out.as_secs_f64())?;
         told.set_item("passes", phases.passes)?;
         told.set_item("generation", generation)?;
+        told.set_item("volumes", volumes)?;
         Ok(told)
     }
 
@@ -283,6 +311,22 @@ pub(crate) fn norm(py: Python<'_>, gradients: Vec<Bound<'_, PyAny>>) -> PyResult
     })
 }
 
+/// The places of `directories`, absolute paths, with what is known of their disks. A profile that cannot be used is told as
+/// a warning: nothing depends on it but speed.
+fn sites(py: Python<'_>, directories: Vec<PathBuf>) -> PyResult<Vec<VolumeSite>> {
+    let site = |store: PathBuf| {
+        let loaded = outside(py, || Ok::<_, Error>(Profile::load(&store)))?;
+        let profile = loaded.or_else(|error| {
+            let warning = format!("{error}; the disk is used as if nothing were known of it");
+            let category = py.get_type::<PyRuntimeWarning>();
+            py.import("warnings")?.call_method1("warn", (warning, category)).map(|_| None)
+        })?;
+        let directory = store.parent().unwrap_or(&store).to_owned();
+        Ok(VolumeSite::new(directory, store, profile))
+    };
+    directories.into_iter().map(site).collect()
+}
+
 fn tensors(objects: &[Bound<'_, PyAny>]) -> PyResult<Vec<Tensor>> {
     objects.iter().map(Tensor::of).collect()
 }
@@ -305,8 +349,4 @@ fn durability_of(name: &str) -> Result<Durability, Error> {
         "none" => Ok(Durability::None),
         _ => Err(Error::Argument(format!("durability is {name:?}, but must be 'step' or 'none'"))),
     }
-}
-
-fn backend_of(name: &str) -> Result<BackendChoice, Error> {
-    name.parse().map_err(|unknown| Error::Argument(format!("{unknown}")))
 }

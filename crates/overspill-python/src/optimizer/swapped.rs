@@ -1,17 +1,26 @@
 //! The optimizer behind the Python object: parameters in the caller's memory, their state in a store.
+//!
+//! It is made or opened over directories whose disks are known as well as their profiles tell; a step, a commit and a
+//! roll-back go over all of it, [`state`] over the records of some parameters. It ends by being dropped, and its directories
+//! go with it unless something was committed.
 
-use std::path::{Path, PathBuf};
+mod state;
+
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use overspill_io::{BackendChoice, Engine, EngineConfig, EngineReport, Pool};
-use overspill_optim::{Gradient, Isa, Weights};
+use overspill_io::{BackendChoice, EngineConfig, Pool};
+use overspill_optim::Isa;
 use overspill_swap::optimizer::{
-    OptimizerError, OptimizerPlan, OptimizerSwapper, ParameterSpec, PartView, PlanOptions, TooSmall,
+    OptimizerError, OptimizerPlan, OptimizerSwapper, ParameterSpec, PlanOptions, TooSmall,
 };
-use overspill_swap::{Durability, Store, Volume};
-use serde_json::{Value, json};
+use overspill_swap::{Durability, ServedVolume, Store, Volume, VolumeSite, VolumeSites};
+use serde_json::Value;
 
+pub(crate) use self::state::Shown;
+use self::state::{MASTER, begin};
 use super::coefficients::{Coefficients, Group};
+use super::identity::{difference, identity};
 use super::recipe::{Described, Formats, Moment, Parameter};
 use super::{restoring, weights};
 use crate::error::Error;
@@ -20,7 +29,6 @@ use crate::tensor::Tensor;
 /// What a user decides when the object is made.
 #[derive(Debug)]
 pub(super) struct Options {
-    pub(super) directories: Vec<PathBuf>,
     pub(super) formats: Formats,
     pub(super) durability: Durability,
     pub(super) backend: BackendChoice,
@@ -42,17 +50,6 @@ pub(super) struct Entry {
     pub(super) gradient: Tensor,
 }
 
-/// One parameter whose state is read or set: single-precision tensors by the names of what they are.
-#[derive(Debug)]
-pub(super) struct Shown {
-    pub(super) parameter: usize,
-    pub(super) weight: Tensor,
-    pub(super) fields: Vec<(String, Tensor)>,
-}
-
-/// The name of the fp32 master among the fields of a state.
-pub(super) const MASTER: &str = "master";
-
 /// Swapped optimizer state, and the parameters that it is of.
 #[derive(Debug)]
 pub(super) struct Swapped {
@@ -62,40 +59,56 @@ pub(super) struct Swapped {
     isa: Isa,
     /// `None` when it was lost while parameters were added.
     swapper: Option<OptimizerSwapper>,
-    /// For weights on their way.
-    pool: Pool,
     store: Store,
-    engines: Vec<Engine>,
+    transport: Transport,
     /// Spent in steps so far.
     stepping: Duration,
 }
 
+/// What moves the bytes.
+#[derive(Debug)]
+struct Transport {
+    /// For weights on their way.
+    pool: Pool,
+    volumes: Vec<ServedVolume>,
+    /// What engines take beyond the first, in bytes.
+    engines_bytes: usize,
+}
+
 impl Swapped {
-    pub(super) fn create(described: Vec<Described>, options: Options) -> Result<Self, Error> {
+    /// State without contents in new directories.
+    pub(super) fn create(
+        described: Vec<Described>,
+        sites: Vec<VolumeSite>,
+        options: Options,
+    ) -> Result<Self, Error> {
+        if sites.is_empty() {
+            return Err(no_directory());
+        }
+        let sites = VolumeSites::to_make(sites);
         let parameters = parameters(&described, &options.formats, &[])?;
         let specs = specs(&parameters)?;
-        let plan = plan(&parameters, &specs, &options)?;
-        let (pool, engines) = start(&options)?;
-        let volumes = volumes(&options.directories, &engines);
+        let plan = plan(&parameters, &specs, &options, sites.memory_bytes())?;
+        let transport = Transport::start(&sites, options.backend)?;
         let storage_bytes = plan.storage_bytes(options.durability);
-        let store = Store::create_over(&volumes, options.durability, storage_bytes)?;
+        let store = Store::create_over(&transport.for_store(), options.durability, storage_bytes)?;
         let tiles = pool_for(&plan)?;
         let swapper = Some(OptimizerSwapper::create(&specs, plan, &store, &tiles)?);
-        let isa = Isa::detect();
-        let stepping = Duration::ZERO;
-        Ok(Self { parameters, described, options, isa, swapper, pool, store, engines, stepping })
+        let (isa, stepping) = (Isa::detect(), Duration::ZERO);
+        Ok(Self { parameters, described, options, isa, swapper, store, transport, stepping })
     }
 
     /// Takes up what was committed, or a snapshot, and fills `weights`.
     pub(super) fn open(
         described: Vec<Described>,
         weights: &mut [Tensor],
+        sites: Vec<VolumeSite>,
         options: Options,
         snapshot: Option<&str>,
     ) -> Result<Self, Error> {
-        let home = options.directories.first().ok_or_else(no_directory)?;
-        let committed = restoring::manifest(home, snapshot)?.meta;
-        let found = &committed["meta"];
+        let home = sites.first().ok_or_else(no_directory)?.store.clone();
+        let committed = restoring::manifest(&home, snapshot)?;
+        let found = &committed.meta["meta"];
         let begins: Vec<usize> = serde_json::from_value(found["begins_tile"].clone())
             .map_err(|_| Error::State(format!("{} has no state of this kind", home.display())))?;
         let expected = identity(&described, &options.formats, &begins);
@@ -107,22 +120,22 @@ impl Swapped {
         }
         let parameters = parameters(&described, &options.formats, &begins)?;
         let specs = specs(&parameters)?;
-        let tile_bytes = OptimizerSwapper::tile_bytes(&committed);
+        let tile_bytes = OptimizerSwapper::tile_bytes(&committed.meta);
         let options = Options { tile_bytes, ..options };
-        let plan = plan(&parameters, &specs, &options)?;
-        let (pool, engines) = start(&options)?;
-        let volumes = volumes(&options.directories, &engines);
+        let sites = VolumeSites::to_open(sites, committed);
+        let plan = plan(&parameters, &specs, &options, sites.memory_bytes())?;
+        let transport = Transport::start(&sites, options.backend)?;
+        let volumes = transport.for_store();
         if let Some(name) = snapshot {
-            restoring::restore(&volumes, name, weights::blocks(&pool))?;
+            restoring::restore(&volumes, name, weights::blocks(&transport.pool))?;
         }
         let store = Store::open_over(&volumes, options.durability)?;
         let tiles = pool_for(&plan)?;
         let swapper = Some(OptimizerSwapper::open(&specs, plan, &store, &tiles)?);
-        let isa = Isa::detect();
-        let stepping = Duration::ZERO;
-        let opened = Self { parameters, described, options, isa, swapper, pool, store, engines, stepping };
+        let (isa, stepping) = (Isa::detect(), Duration::ZERO);
+        let opened = Self { parameters, described, options, isa, swapper, store, transport, stepping };
         opened.check_weights(weights)?;
-        weights::load(&opened.store, &opened.pool, weights)?;
+        weights::load(&opened.store, &opened.transport.pool, weights)?;
         Ok(opened)
     }
 
@@ -142,7 +155,7 @@ impl Swapped {
         let specs = specs(&parameters)?;
         let swapper = self.swapper.as_ref().ok_or(OptimizerError::Lost)?;
         self.options.tile_bytes = Some(swapper.plan().tile_bytes());
-        let plan = plan(&parameters, &specs, &self.options)?;
+        let plan = plan(&parameters, &specs, &self.options, self.transport.engines_bytes)?;
         // Those of an earlier commit have their room in the store, too.
         let weights = weights::storage_bytes(self.options.durability, weight_bytes(&parameters));
         self.store.provide(plan.storage_bytes(self.options.durability) + weights)?;
@@ -230,64 +243,6 @@ impl Swapped {
         Ok(self.swapper.as_ref().ok_or(OptimizerError::Lost)?.is_new(parameter)?)
     }
 
-    /// Fills tensors with state.
-    pub(super) fn read_state(&mut self, wanted: &mut [Shown]) -> Result<(), Error> {
-        let at = self.check_shown(wanted)?;
-        let parameters = &self.parameters;
-        let swapper = self.swapper.as_mut().ok_or(OptimizerError::Lost)?;
-        let mut record = Vec::<u64>::new();
-        swapper.read(
-            |parameter| at[parameter].is_some(),
-            |index, elements, state| {
-                let Some(place) = at[index] else { return Ok(()) };
-                let Shown { weight, fields, .. } = &mut wanted[place];
-                let parameter = &parameters[index];
-                for (name, out) in fields {
-                    let out = out.floats_mut()?;
-                    if name == MASTER {
-                        // Numbers are looked at where they are aligned.
-                        let state = aligned(&mut record, state);
-                        let weights = weight.weights_of(elements.clone())?;
-                        parameter.read_masters(state, weights, &mut out[elements.clone()])?;
-                    } else {
-                        parameter.read_moment(state, elements.clone(), name, out)?;
-                    }
-                }
-                Ok::<_, Error>(())
-            },
-        )?;
-        Ok(())
-    }
-
-    /// Sets state, and weights where a master is given; fields that are missing begin anew.
-    pub(super) fn write_state(&mut self, given: &mut [Shown]) -> Result<(), Error> {
-        let at = self.check_shown(given)?;
-        let (parameters, isa) = (&self.parameters, self.isa);
-        let swapper = self.swapper.as_mut().ok_or(OptimizerError::Lost)?;
-        swapper.edit(
-            |parameter| at[parameter].is_some(),
-            |mut part| {
-                let Some(place) = at[part.parameter] else { return Ok(()) };
-                let Shown { weight, fields, .. } = &mut given[place];
-                let parameter = &parameters[part.parameter];
-                let elements = part.elements.clone();
-                part.state.fill(0);
-                match fields.iter().find(|(name, _)| name == MASTER) {
-                    Some((_, master)) => {
-                        let values = Gradient::F32(&master.floats()?[elements.clone()]);
-                        parameter.initialize(isa, &mut part, weight.weights_of(elements.clone())?, values)?;
-                    }
-                    None => begin(isa, parameter, &mut part, weight)?,
-                }
-                for (name, values) in fields.iter().filter(|(name, _)| name != MASTER) {
-                    parameter.write_moment(part.state, elements.clone(), name, values.floats()?)?;
-                }
-                Ok::<_, Error>(())
-            },
-        )?;
-        Ok(())
-    }
-
     /// Drops the state of a parameter.
     pub(super) fn purge(&mut self, parameter: usize) -> Result<(), Error> {
         Ok(self.swapper.as_mut().ok_or(OptimizerError::Lost)?.purge(parameter)?)
@@ -306,7 +261,7 @@ impl Swapped {
         let weights_bytes = weights::storage_bytes(durability, weight_bytes(&self.parameters));
         let needed = swapper.plan().storage_bytes(durability) + weights_bytes;
         self.store.provide(needed)?;
-        weights::store(&self.store, &self.pool, tensors)?;
+        weights::store(&self.store, &self.transport.pool, tensors)?;
         let mut meta = identity(&self.described, &self.options.formats, &begins);
         // Where whoever looks at the store from outside finds it.
         meta["step"] = user["step"].clone();
@@ -320,7 +275,7 @@ impl Swapped {
     pub(super) fn roll_back(&mut self, tensors: &mut [Tensor]) -> Result<(), Error> {
         self.check_weights(tensors)?;
         self.swapper.as_mut().ok_or(OptimizerError::Lost)?.roll_back()?;
-        weights::load(&self.store, &self.pool, tensors)
+        weights::load(&self.store, &self.transport.pool, tensors)
     }
 
     /// What went with the last commit.
@@ -341,8 +296,14 @@ impl Swapped {
         Ok(self.swapper.as_ref().ok_or(OptimizerError::Lost)?)
     }
 
-    pub(super) fn engine_report(&self) -> EngineReport {
-        self.engines[0].report()
+    /// Who serves the directories, and how.
+    pub(super) fn volumes(&self) -> &[ServedVolume] {
+        &self.transport.volumes
+    }
+
+    /// What the state takes in memory now, in bytes.
+    pub(super) fn memory_bytes(&self) -> Result<usize, Error> {
+        Ok(self.swapper()?.plan().total_bytes() + besides(&self.parameters, self.transport.engines_bytes))
     }
 
     fn begins_tile(&self) -> Vec<usize> {
@@ -371,62 +332,19 @@ impl Swapped {
         }
         weights.iter().enumerate().try_for_each(|(index, weight)| self.check_weight(index, weight).map(drop))
     }
-
-    /// Where each parameter is among `shown`.
-    fn check_shown(&self, shown: &[Shown]) -> Result<Vec<Option<usize>>, Error> {
-        let mut at = vec![None; self.parameters.len()];
-        for (place, Shown { parameter: index, weight, fields }) in shown.iter().enumerate() {
-            let parameter = self.check_weight(*index, weight)?;
-            let known = self.fields(*index)?;
-            for (name, tensor) in fields {
-                let shape = known.iter().find(|(known, _)| known == name).map(|(_, shape)| shape);
-                // A weight without another master may be given as one.
-                let numel = match shape {
-                    Some(shape) => shape.iter().product(),
-                    None if name == MASTER => parameter.numel,
-                    None => return Err(Error::Argument(format!("{} has no {name}", parameter.name))),
-                };
-                let found = tensor.floats()?.len();
-                if found != numel {
-                    let message = format!("{name} of {} has {found} elements, not {numel}", parameter.name);
-                    return Err(Error::Argument(message));
-                }
-            }
-            if at[*index].replace(place).is_some() {
-                return Err(Error::Argument(format!("{} was given twice", parameter.name)));
-            }
-        }
-        Ok(at)
-    }
 }
 
-/// Begins the state of a part with its weights as masters.
-fn begin(isa: Isa, parameter: &Parameter, part: &mut PartView<'_>, weight: &mut Tensor) -> Result<(), Error> {
-    let elements = part.elements.clone();
-    let mut initialize =
-        |weights: Weights<'_>, values: Gradient<'_>| parameter.initialize(isa, part, weights, values);
-    match weight.weights_of(elements)? {
-        Weights::F32(weights) => {
-            let values = weights.to_vec();
-            initialize(Weights::F32(weights), Gradient::F32(&values))
-        }
-        Weights::Bf16(weights) => {
-            let values = weights.to_vec();
-            initialize(Weights::Bf16(weights), Gradient::Bf16(&values))
-        }
-        Weights::F16(weights) => {
-            let values = weights.to_vec();
-            initialize(Weights::F16(weights), Gradient::F16(&values))
-        }
+impl Transport {
+    /// Starts the engines, with the memory for weights.
+    fn start(sites: &VolumeSites, backend: BackendChoice) -> Result<Self, Error> {
+        let pool = Pool::new(&[weights::CLASS])?;
+        let volumes = sites.open(&EngineConfig { backend, ..EngineConfig::default() }, &pool)?;
+        Ok(Self { pool, volumes, engines_bytes: sites.memory_bytes() })
     }
-}
 
-/// A copy of `bytes` where numbers may lie.
-fn aligned<'a>(room: &'a mut Vec<u64>, bytes: &[u8]) -> &'a mut [u8] {
-    room.resize(bytes.len().div_ceil(size_of::<u64>()), 0);
-    let copy = &mut bytemuck::cast_slice_mut(room)[..bytes.len()];
-    copy.copy_from_slice(bytes);
-    copy
+    fn for_store(&self) -> Vec<Volume> {
+        self.volumes.iter().map(|served| served.volume.clone()).collect()
+    }
 }
 
 fn parameters(described: &[Described], formats: &Formats, begins: &[usize]) -> Result<Vec<Parameter>, Error> {
@@ -448,41 +366,20 @@ fn specs(parameters: &[Parameter]) -> Result<Vec<ParameterSpec>, Error> {
     parameters.iter().map(Parameter::spec).collect()
 }
 
-/// What has to be equal for a state to be that of these parameters.
-fn identity(described: &[Described], formats: &Formats, begins: &[usize]) -> Value {
-    let Formats { moments, stochastic, .. } = formats;
-    json!({
-        "parameters": described,
-        "moments": format!("{moments:?}"),
-        "stochastic": stochastic,
-        "begins_tile": begins,
-    })
+/// What is no state's, in bytes: what moves weights, the workspace of an update, and engines beyond the first.
+fn besides(parameters: &[Parameter], engines_bytes: usize) -> usize {
+    let workspace = parameters.iter().map(Parameter::workspace_bytes).max().unwrap_or(0);
+    weights::MEMORY_BYTES + workspace + engines_bytes
 }
 
-/// In what two identities differ, in words.
-fn difference(found: &Value, expected: &Value) -> Option<String> {
-    let differs = |name: &str| found[name] != expected[name];
-    if differs("moments") || differs("stochastic") {
-        return Some("its moments or weights are stored in another format".to_owned());
-    }
-    let (found, expected) = (found["parameters"].as_array()?, expected["parameters"].as_array()?);
-    if found.len() != expected.len() {
-        return Some(format!("it has {} parameters, and {} were given", found.len(), expected.len()));
-    }
-    let mut pairs = found.iter().zip(expected);
-    pairs
-        .find(|(found, expected)| found != expected)
-        .map(|(found, expected)| format!("{found} there, {expected} here"))
-}
-
-/// Plans the memory: what moves weights, and the workspace of an update, come off first.
+/// Plans the memory: what is no state's comes off first.
 fn plan(
     parameters: &[Parameter],
     specs: &[ParameterSpec],
     options: &Options,
+    engines_bytes: usize,
 ) -> Result<OptimizerPlan, Error> {
-    let workspace = parameters.iter().map(Parameter::workspace_bytes).max().unwrap_or(0);
-    let besides = weights::MEMORY_BYTES + workspace;
+    let besides = besides(parameters, engines_bytes);
     let plan_options = PlanOptions {
         memory_bytes: options.memory_bytes.saturating_sub(besides),
         kept_bytes_max: options.resident_bytes_max,
@@ -503,28 +400,6 @@ fn pool_for(plan: &OptimizerPlan) -> Result<Pool, Error> {
     Ok(Pool::new(if classes.is_empty() { &[weights::CLASS] } else { &classes })?)
 }
 
-/// The memory for weights on their way, and an engine for each directory.
-fn start(options: &Options) -> Result<(Pool, Vec<Engine>), Error> {
-    if options.directories.is_empty() {
-        return Err(no_directory());
-    }
-    let pool = Pool::new(&[weights::CLASS])?;
-    let config = EngineConfig { backend: options.backend, ..EngineConfig::default() };
-    let engine = |_: &PathBuf| Engine::start(config.clone(), &pool);
-    let engines = options.directories.iter().map(engine).collect::<Result<_, _>>()?;
-    Ok((pool, engines))
-}
-
 fn no_directory() -> Error {
     Error::Argument("at least one directory is needed".to_owned())
-}
-
-/// Every directory with its engine, and an equal share of the data.
-fn volumes(directories: &[PathBuf], engines: &[Engine]) -> Vec<Volume> {
-    let volume = |(directory, engine): (&PathBuf, &Engine)| Volume {
-        directory: directory.clone(),
-        engines: vec![engine.clone()],
-        weight: 1,
-    };
-    directories.iter().zip(engines).map(volume).collect()
 }

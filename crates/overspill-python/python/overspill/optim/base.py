@@ -44,7 +44,8 @@ class SwappedOptimizer(Core):
 
     Args:
         swap_dir: the directory of the state, or several, one per disk; they must not exist yet, or be empty, and are made
-            when the first step is taken. They go when the optimizer goes, unless something was committed.
+            when the first step is taken. They go when the optimizer goes, unless something was committed. What ``overspill
+            tune`` has found out of the directory above is used; of several without that, the bandwidth is measured.
         memory: all the memory that the state may take, in bytes or as text (``"512MiB"``, ``"8GB"``); what it holds
             beyond the pipeline stays in memory for good.
         moments: how moments are stored: ``"float32"``, ``"bfloat16"``, or ``"8bit"``.

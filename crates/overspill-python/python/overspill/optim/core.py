@@ -404,7 +404,7 @@ class Core(torch.optim.Optimizer):
 
         Keys: ``backend``, ``degraded_reason``, ``state_bytes``, ``resident_bytes``, ``memory_bytes``, ``depth``,
         ``tile_bytes``, ``bytes_read``, ``bytes_written``, ``seconds_step``, ``seconds_load``, ``seconds_compute``,
-        ``seconds_store``, ``passes``, ``generation``.
+        ``seconds_store``, ``passes``, ``generation``; and ``volumes``: of each directory its share and how it is served.
 
         Raises:
             StateError: before the first step, when there is no state yet.
