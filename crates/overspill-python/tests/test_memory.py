@@ -26,7 +26,8 @@ class Wrapper(torch.Tensor):
         def plain(x):
             return x.inner if isinstance(x, Wrapper) else x
 
-        return function(*[plain(x) for x in args], **(kwargs or {}))
+        made = function(*[plain(x) for x in args], **(kwargs or {}))
+        return Wrapper(made) if isinstance(made, torch.Tensor) else made
 
 
 class Boasting(torch.Tensor):
