@@ -149,6 +149,10 @@ impl Told {
                 errno: source.raw_os_error(),
                 path: Some(path.display().to_string()),
             },
+            StoreError::Displaced { path } => {
+                let path = Some(path.display().to_string());
+                Self { class: "StorageError", errno: Some(ENOENT), path }
+            }
             StoreError::Locked { .. } | StoreError::NoLock { .. } => Self::plain("LockedError"),
             StoreError::NoSpace { path, .. } | StoreError::DiskFull { path, .. } => {
                 let path = Some(path.display().to_string());
@@ -170,6 +174,7 @@ impl Told {
     }
 }
 
+const ENOENT: i32 = 2;
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
 const EDQUOT: i32 = 122;

@@ -5,6 +5,12 @@
 //! it may hold the only copy of somebody's run. What is removed at the end are the files this module names, one by
 //! one, then the directory itself; a foreign file in it keeps the directory and is left alone. A directory whose owner
 //! has ended can be opened again; then it stays. How a directory is looked at without owning it is in [`looking`].
+//!
+//! The directory is the one that the owner holds open, not whatever its path leads to: people move, remove and replace
+//! directories of runs that go on. Where the path leads elsewhere nothing is published, and nothing is removed at the
+//! end: what was moved was moved by somebody who may want it, and `gc` finds it there. What is removed or replaced is so
+//! in the directory that is held, so that the path may lead elsewhere even between the look and the change: what
+//! another's directory can get then is a new file of ours that nobody reads, and the look after the change says so.
 
 mod looking;
 
@@ -16,12 +22,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 pub use self::looking::Owner;
 pub(crate) use self::looking::{
-    Start, denied, has_lock, has_name, label, lacks_lock, maker, open_as_it_is, owner, read_file, read_label,
-    read_manifest, read_start,
+    Start, check_name, denied, has_lock, has_name, label, lacks_lock, maker, open_as_it_is, owner, read_file,
+    read_label, read_manifest, read_start,
 };
 use self::looking::{open_lock, owner_pid};
 use crate::error::{Fallback, StoreError};
@@ -71,6 +78,8 @@ const MAKING: &str = ".new-";
 #[derive(Debug)]
 pub(crate) struct Directory {
     path: PathBuf,
+    /// The directory itself, wherever it is by now.
+    held: File,
     /// Keeps the lock; the kernel lets go of it when this closes.
     lock: File,
     kept: AtomicBool,
@@ -88,11 +97,12 @@ impl Directory {
         let made = make_aside(path).map_err(failed)?;
         let published = create_lock(&made.join(LOCK)).and_then(|lock| {
             names::write_new(&made.join(VOLUME), label.as_bytes())?;
+            let held = hold(&made)?;
             names::publish(&made, path)?;
-            Ok(lock)
+            Ok((held, lock))
         });
         match published {
-            Ok(lock) => Ok(Self::over(path, lock, data_files, AtomicBool::new(false))),
+            Ok(owned) => Ok(Self::over(path, owned, data_files, AtomicBool::new(false))),
             Err(e) => {
                 // Both are ours; if even this fails, the first error is the one that matters.
                 drop(std::fs::remove_file(made.join(VOLUME)));
@@ -110,6 +120,7 @@ impl Directory {
         if !is_directory {
             return Err(failed(io::ErrorKind::NotADirectory.into()));
         }
+        let held = hold(path).map_err(failed)?;
         let opened = open_lock(path, OpenOptions::new().read(true).write(true));
         let mut lock = opened.map_err(|source| without_lock(path, source))?;
         let mut glances = GLANCES_MAX;
@@ -124,21 +135,38 @@ impl Directory {
             glances -= 1;
         }
         // The owner may have removed the directory, and somebody made it anew, between the two.
-        if !has_name(&lock, &path.join(LOCK)).map_err(failed)? {
+        let is_here =
+            has_name(&lock, &path.join(LOCK)).and_then(|is_lock| Ok(is_lock && has_name(&held, path)?));
+        if !is_here.map_err(failed)? {
             return Err(locked(path, &mut lock));
         }
-        Ok(Self::over(path, lock, data_files, AtomicBool::new(true)))
+        Ok(Self::over(path, (held, lock), data_files, AtomicBool::new(true)))
     }
 
-    fn over(path: &Path, lock: File, data_files: usize, kept: AtomicBool) -> Self {
+    fn over(path: &Path, (held, lock): (File, File), data_files: usize, kept: AtomicBool) -> Self {
         let fixed = [MANIFEST_COPY, MANIFEST_NEW, MANIFEST_OLD, MANIFEST_PREVIOUS, MANIFEST];
         let mut files: Vec<String> = fixed.map(str::to_owned).into();
         files.extend((0..data_files).map(data_name));
-        Self { path: path.to_owned(), lock, kept, files: Mutex::new(files) }
+        Self { path: path.to_owned(), held, lock, kept, files: Mutex::new(files) }
     }
 
-    /// Says in the lock who holds it; only when it is known that the directory is a store.
+    /// Whether its path leads to it, and nobody else's lock is in it. One that has lost its name is no reason to stop: it
+    /// is a file that nobody writes for weeks, and such are taken away from folders of temporary files.
+    ///
+    /// # Errors
+    /// [`StoreError::Displaced`], and [`StoreError::Directory`] when it is not known.
+    pub(crate) fn check_own(&self) -> Result<(), StoreError> {
+        check_name(&self.held, &self.path)?;
+        let lock = self.path.join(LOCK);
+        match check_name(&self.lock, &lock) {
+            Err(StoreError::Displaced { .. }) if std::fs::symlink_metadata(&lock).is_err() => Ok(()),
+            checked => checked,
+        }
+    }
+
+    /// Says in the lock who holds it; only when it is known that the directory is a store, and its own is what was read.
     pub(crate) fn sign(&self) -> Result<(), StoreError> {
+        self.check_own()?;
         let sign = || {
             self.lock.set_len(0)?;
             self.lock.write_all_at(std::process::id().to_string().as_bytes(), 0)
@@ -195,17 +223,19 @@ impl Directory {
     /// one. The old one stays as the previous one.
     pub(crate) fn publish(&self, manifest: &[u8]) -> Result<(), StoreError> {
         self.prepare(manifest, Fallback::Unchanged)?;
+        self.check_own()?;
         self.replace()
     }
 
     /// Writes the next manifest aside, durably, and keeps a name for the current one. Whatever fails, the current one
     /// is the one that is found, which is the `fallback` then, and this can be tried again.
     pub(crate) fn prepare(&self, manifest: &[u8], fallback: Fallback) -> Result<(), StoreError> {
+        self.check_own()?;
         let [aside, outgoing, current] =
             [MANIFEST_NEW, MANIFEST_OLD, MANIFEST].map(|name| self.path.join(name));
         let write = || -> io::Result<()> {
-            names::remove(&aside).or_else(tolerate_missing)?;
-            names::remove(&outgoing).or_else(tolerate_missing)?;
+            names::remove_in(&self.held, &aside).or_else(tolerate_missing)?;
+            names::remove_in(&self.held, &outgoing).or_else(tolerate_missing)?;
             names::write_new(&aside, manifest)?;
             // The previous one goes only after the next one has come: it may be what is restored.
             give_another_name(&current, &outgoing).or_else(tolerate_missing)
@@ -213,7 +243,7 @@ impl Directory {
         write().map_err(|source| match source.raw_os_error() {
             Some(errno @ (ENOSPC | EDQUOT)) => {
                 // What was written of it would be in the way of whoever makes room.
-                drop(names::remove(&aside));
+                drop(names::remove_in(&self.held, &aside));
                 let (needed, available) = (manifest.len() as u64, self.available());
                 StoreError::DiskFull { path: aside.clone(), needed, available, errno, fallback }
             }
@@ -222,25 +252,33 @@ impl Directory {
     }
 
     /// Lets the manifest that was prepared take the place of the current one. If this fails, either of them may be
-    /// found.
+    /// found: it is for the caller to look before whether that can still be.
     pub(crate) fn replace(&self) -> Result<(), StoreError> {
+        let replaced = self.replace_manifest();
+        // What became durable where the path does not lead is not found again; and if it leads elsewhere by now, that is
+        // what has to be told of what failed.
+        self.check_own().and(replaced)
+    }
+
+    fn replace_manifest(&self) -> Result<(), StoreError> {
         let [aside, outgoing, current, previous] =
             [MANIFEST_NEW, MANIFEST_OLD, MANIFEST, MANIFEST_PREVIOUS].map(|name| self.path.join(name));
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| StoreError::Directory { action: "replace", path, source }
         };
-        names::rename(&aside, &current).map_err(failed(&current))?;
-        names::rename(&outgoing, &previous).or_else(tolerate_missing).map_err(failed(&previous))?;
+        names::rename_in(&self.held, &aside, &current).map_err(failed(&current))?;
+        let renamed = names::rename_in(&self.held, &outgoing, &previous);
+        renamed.or_else(tolerate_missing).map_err(failed(&previous))?;
         self.sync().map_err(failed(&current))
     }
 
     /// Writes the label anew; whatever fails, there is the old one or the new one.
     pub(crate) fn relabel(&self, label: &str) -> io::Result<()> {
         let aside = self.path.join(MANIFEST_COPY);
-        names::remove(&aside).or_else(tolerate_missing)?;
+        names::remove_in(&self.held, &aside).or_else(tolerate_missing)?;
         names::write_new(&aside, label.as_bytes())?;
-        names::rename(&aside, &self.path.join(VOLUME))?;
+        names::rename_in(&self.held, &aside, &self.path.join(VOLUME))?;
         self.sync()
     }
 
@@ -250,11 +288,17 @@ impl Directory {
     }
 
     /// Takes the manifests away, durably.
-    pub(crate) fn withdraw(&self) -> io::Result<()> {
-        for name in [MANIFEST, MANIFEST_OLD, MANIFEST_PREVIOUS] {
-            names::remove(&self.path.join(name)).or_else(tolerate_missing)?;
-        }
-        self.sync()
+    pub(crate) fn withdraw(&self) -> Result<(), StoreError> {
+        let withdraw = || {
+            for name in [MANIFEST, MANIFEST_OLD, MANIFEST_PREVIOUS] {
+                names::remove_in(&self.held, &self.path.join(name)).or_else(tolerate_missing)?;
+            }
+            self.sync()
+        };
+        let withdrawn = withdraw();
+        // Only where the path leads it became durable.
+        self.check_own()?;
+        withdrawn.map_err(|source| StoreError::directory("withdraw", &self.path.join(MANIFEST), source))
     }
 
     /// Makes the names in the directory durable.
@@ -285,13 +329,15 @@ impl Directory {
     /// as long as anything else of it is left, the directory is recognizably ours.
     ///
     /// # Errors
-    /// [`StoreError::Directory`] for the first file that stays.
+    /// [`StoreError::Displaced`] when it is not where it was: everything stays then. [`StoreError::Directory`] for the
+    /// first file that stays.
     pub(crate) fn remove(&self) -> Result<(), StoreError> {
+        self.check_own()?;
         let files = self.files();
         let (first, last) = files.split_last_chunk::<2>().expect("the label and the lock are among them");
         let remove = |name: &String| {
             let path = self.path.join(name);
-            let removed = names::remove(&path).or_else(tolerate_missing);
+            let removed = names::remove_in(&self.held, &path).or_else(tolerate_missing);
             removed.map_err(|source| StoreError::directory("remove", &path, source))
         };
         let stays = first.iter().filter_map(|name| remove(name).err()).collect::<Vec<_>>();
@@ -299,7 +345,8 @@ impl Directory {
             return Err(stays);
         }
         last.iter().try_for_each(remove)?;
-        // Something else in it is nothing that went wrong.
+        // Something else in it is nothing that went wrong. If the path leads elsewhere by now, no more than an empty
+        // directory can go.
         drop(std::fs::remove_dir(&self.path));
         Ok(())
     }
@@ -312,6 +359,12 @@ pub(crate) fn data_name(number: usize) -> String {
 /// The directory that holds `path`.
 pub(crate) fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Holds a directory, so that no other one has its number, without reading it.
+fn hold(path: &Path) -> io::Result<File> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?.into())
 }
 
 /// Makes an empty directory beside `path`. Processes have one number after the other, so there may be some of earlier

@@ -21,6 +21,16 @@ pub enum StoreError {
         /// The system's answer.
         source: io::Error,
     },
+    /// A store's directory, or a file that it has open there, has lost its name, or the name is another's.
+    #[error(
+        "{path} is not what this run has open there: it was moved, removed or replaced; put it back and try again, or \
+         use another directory",
+        path = path.display()
+    )]
+    Displaced {
+        /// The directory, or the file in it.
+        path: PathBuf,
+    },
     /// The directory belongs to a process that is running.
     #[error("{path} is in use{owner}; give this run another directory", path = path.display(),
         owner = pid.map(|pid| format!(" by process {pid}")).unwrap_or_default())]

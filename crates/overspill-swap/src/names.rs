@@ -5,12 +5,13 @@
 //! With the feature `sim` a directory can be one that loses its power; then the changes go through [`outage`], which
 //! knows what was not flushed yet.
 
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rustix::fs::{CWD, RenameFlags};
+use rustix::fs::{AtFlags, CWD, RenameFlags};
 use rustix::io::Errno;
 
 use crate::steps::{Step, step};
@@ -56,14 +57,15 @@ pub(crate) fn link(file: &Path, name: &Path) -> io::Result<()> {
     std::fs::hard_link(file, name)
 }
 
-/// Gives a file another name, which nobody or another file has.
-pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
+/// Gives a file another name, which nobody or another file has: from the end of one path to that of the other, in a
+/// directory that is held, wherever that is by now.
+pub(crate) fn rename_in(directory: &File, from: &Path, to: &Path) -> io::Result<()> {
     #[cfg(feature = "sim")]
     if let Some(endangered) = outage::of(to) {
         return endangered.rename(from, to);
     }
     step(Step::Rename);
-    std::fs::rename(from, to)
+    Ok(rustix::fs::renameat(directory, name(from), directory, name(to))?)
 }
 
 /// Gives what was made its name, unless somebody has it.
@@ -103,6 +105,21 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     }
     step(Step::Remove);
     std::fs::remove_file(path)
+}
+
+/// As [`remove`], of a file at the end of a path, in a directory that is held, wherever that is by now.
+pub(crate) fn remove_in(directory: &File, path: &Path) -> io::Result<()> {
+    #[cfg(feature = "sim")]
+    if let Some(endangered) = outage::of(path) {
+        return endangered.remove(path);
+    }
+    step(Step::Remove);
+    Ok(rustix::fs::unlinkat(directory, name(path), AtFlags::empty())?)
+}
+
+/// Of a path without one nothing is found.
+fn name(path: &Path) -> &OsStr {
+    path.file_name().unwrap_or_default()
 }
 
 /// Makes the names in a directory durable.

@@ -6,10 +6,11 @@
 
 use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, Stat};
 
 use super::{LOCK, MAKING, MANIFEST, MANIFEST_BYTES_MAX, PID_BYTES_MAX, VOLUME};
 use crate::error::{Remedy, StoreError};
@@ -145,13 +146,29 @@ pub(crate) fn label(store: u64, index: usize) -> String {
     format!("{store:016x} {index}")
 }
 
-/// Whether a name is that of an open file.
+/// Whether a name is that of an open file. No other file has its number as long as it is open, whatever became of it.
 ///
 /// # Errors
 /// Of either: there may be nothing of this name.
-pub(crate) fn has_name(file: &File, path: &Path) -> io::Result<bool> {
-    let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
-    Ok(identity(file.metadata()?) == identity(std::fs::symlink_metadata(path)?))
+pub(crate) fn has_name(file: impl AsFd, path: &Path) -> io::Result<bool> {
+    let identity = |stat: Stat| (stat.st_dev, stat.st_ino);
+    Ok(identity(rustix::fs::fstat(file)?) == identity(rustix::fs::lstat(path)?))
+}
+
+/// Whether a path leads to the open file.
+///
+/// # Errors
+/// [`StoreError::Displaced`] when it does not, [`StoreError::Directory`] when that is not known.
+pub(crate) fn check_name(file: impl AsFd, path: &Path) -> Result<(), StoreError> {
+    let displaced = || StoreError::Displaced { path: path.to_owned() };
+    match has_name(file, path) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(displaced()),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Err(displaced())
+        }
+        Err(source) => Err(StoreError::directory("look at", path, source)),
+    }
 }
 
 /// Opens the lock of a directory.

@@ -79,21 +79,25 @@ impl Store {
     fn make_room(&self, state: &mut State, name: &str) -> Result<(), StoreError> {
         let room = state.ledger.room_bytes(state.ledger.needed_bytes());
         self.grow_to(state, room).map_err(|error| match error {
-            IoError::NoSpace { needed, free: available, .. } => {
+            StoreError::Io(IoError::NoSpace { needed, free: available, .. }) => {
                 let (name, path) = (name.to_owned(), self.path().to_owned());
                 StoreError::SnapshotRoom { name, path, needed, available }
             }
-            error => error.into(),
+            error => error,
         })
     }
 
-    /// Makes the names in the home durable. Once that has failed nobody knows what a later success is worth.
+    /// Makes the names in the home durable. Once that has failed nobody knows what a later success is worth; if it is not
+    /// even tried, because the home is not where it was, it can be tried again.
     pub(super) fn flush_names(&self, state: &mut State) -> Result<(), StoreError> {
         if state.names_unknown {
             return Err(StoreError::Poisoned { path: self.path().to_owned() });
         }
+        self.inner.home.check_own()?;
         let flushed = self.inner.home.sync();
         state.names_unknown = flushed.is_err();
+        // By its path, which may have led elsewhere meanwhile.
+        self.inner.home.check_own()?;
         flushed.map_err(|source| StoreError::directory("flush", self.path(), source))
     }
 }

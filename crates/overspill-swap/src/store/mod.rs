@@ -19,7 +19,8 @@
 //! The extents lie in one space of bytes over all volumes. The first volume's directory is the store's home, with the
 //! manifests in it; the others hold data files only. A volume that fails fails the tensors that have bytes there.
 //!
-//! A store that is dropped removes its directories, unless [`Store::keep`] was called or it was opened.
+//! A store that is dropped removes its directories, unless [`Store::keep`] was called or it was opened. One of them that
+//! was moved, or whose path leads to another's, is left alone, as is the other's; nothing is committed meanwhile.
 
 mod attending;
 mod moves;
@@ -207,9 +208,10 @@ impl Store {
     /// # Errors
     /// [`StoreError::MetaDepth`] for a `meta` that could not be read again. [`StoreError::Unfinished`] when a write was
     /// not waited for or failed, [`StoreError::DiskFull`] and [`StoreError::Directory`] with the action "write" when the
-    /// next manifest could not be written: the last generation is the committed one then, and the commit can be tried
-    /// again. [`StoreError::Io`] when the data could not be flushed and [`StoreError::Directory`] with the action
-    /// "replace" when the manifest could not be replaced:
+    /// next manifest could not be written, [`StoreError::Displaced`] when a directory or a data file is not where it
+    /// was: the last generation is the committed one then, and the commit can be tried again. [`StoreError::Io`] when the
+    /// data could not be flushed and [`StoreError::Directory`] with the action "replace" when the manifest could not be
+    /// replaced, or [`StoreError::Displaced`] when something was moved while it was:
     /// which of the two generations survives a loss of power is unknown then, and every later commit is
     /// [`StoreError::Poisoned`].
     pub fn commit(&self, meta: serde_json::Value) -> Result<(), StoreError> {
@@ -239,7 +241,10 @@ impl Store {
             Standing::Nothing | Standing::Withdrawn | Standing::Unknown => Fallback::Nothing,
         };
         self.inner.home.prepare(&manifest.encode(), fallback)?;
-        if let Err(error) = self.inner.home.replace() {
+        // After everything that takes long, and while it can still be tried again.
+        self.check_own()?;
+        // What was displaced meanwhile may have either generation, wherever it is.
+        if let Err(error) = self.inner.home.replace().and_then(|()| self.check_own()) {
             state.standing = Standing::Unknown;
             return Err(error);
         }
@@ -271,11 +276,12 @@ impl Store {
     /// # Errors
     /// [`StoreError::SnapshotName`] for a name that could not be a file's, [`StoreError::SnapshotExists`],
     /// [`StoreError::NothingCommitted`], [`StoreError::SnapshotRoom`] when there is no room for the steps after it,
-    /// [`StoreError::Poisoned`], [`StoreError::Directory`], [`StoreError::Io`].
+    /// [`StoreError::Poisoned`], [`StoreError::Displaced`], [`StoreError::Directory`], [`StoreError::Io`].
     pub fn snapshot(&self, name: &str) -> Result<(), StoreError> {
         let mut state = self.state();
         snapshot::check_new_name(name)?;
         self.check_sound(&state)?;
+        self.check_own()?;
         // Another process may have given it up since the last commit.
         self.let_go(&mut state, vec![name.to_owned()]);
         self.keep_committed(&mut state, name)
@@ -284,10 +290,11 @@ impl Store {
     /// Gives up a snapshot; what only it kept is free.
     ///
     /// # Errors
-    /// [`StoreError::NoSnapshot`], [`StoreError::Directory`].
+    /// [`StoreError::NoSnapshot`], [`StoreError::Displaced`], [`StoreError::Directory`].
     pub fn delete_snapshot(&self, name: &str) -> Result<(), StoreError> {
         let mut state = self.state();
         snapshot::check_name(name)?;
+        self.check_own()?;
         match snapshot::delete(self.path(), name, Some(state.store)) {
             // An earlier call took the name away, and could not make that durable.
             Err(StoreError::NoSnapshot { .. }) if state.ledger.pins().any(|pin| pin == name) => {}
@@ -383,6 +390,13 @@ impl Store {
             Standing::Unknown => Err(StoreError::Poisoned { path: self.data_path() }),
             Standing::Nothing | Standing::Committed { .. } | Standing::Withdrawn => Ok(()),
         }
+    }
+
+    /// Whether every directory is where it was, with the data files that are open: a manifest names them by their paths.
+    fn check_own(&self) -> Result<(), StoreError> {
+        let Inner { space, others, home, .. } = &*self.inner;
+        [home].into_iter().chain(others).try_for_each(Directory::check_own)?;
+        space.lanes().iter().try_for_each(|lane| directory::check_name(&lane.file, lane.file.path()))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

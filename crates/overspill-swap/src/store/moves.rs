@@ -3,10 +3,9 @@
 use overspill_io::{IoError, Space};
 
 use super::{GROWTH_BYTES, Standing, State, Store, begin_of};
-use crate::directory::MANIFEST;
 use crate::error::StoreError;
 use crate::extent::{EXTENT_ALIGNMENT, Extent};
-use crate::ledger::{Begun, Key, Version, Working};
+use crate::ledger::{Begun, Durability, Key, Version, Working};
 use crate::steps::{Step, step};
 
 impl Store {
@@ -43,6 +42,12 @@ impl Store {
     pub(crate) fn begin_write(&self, key: Key) -> Result<Extent, StoreError> {
         let mut state = self.state();
         self.check_sound(&state)?;
+        if state.ledger.durability() == Durability::None
+            && matches!(state.standing, Standing::Committed { .. })
+        {
+            // The manifests may have to go, and only before the ledger knows of it can it be tried again.
+            self.check_own()?;
+        }
         let Begun { extent, committed_version_lost } = match state.ledger.begin_write(key) {
             Ok(begun) => begun,
             Err(full) => {
@@ -53,7 +58,8 @@ impl Store {
             }
         };
         if committed_version_lost && matches!(state.standing, Standing::Committed { .. }) {
-            if let Err(error) = self.withdraw() {
+            // Durably: what they name is about to be overwritten.
+            if let Err(error) = self.inner.home.withdraw() {
                 state.ledger.fail_write(key);
                 state.standing = Standing::Unknown;
                 return Err(error);
@@ -91,8 +97,8 @@ impl Store {
     /// Makes the data files as long as [`Store::create`] would have made them, and longer by what snapshots keep.
     ///
     /// # Errors
-    /// [`StoreError::Io`] when the file systems cannot hold them, and [`StoreError::KeptRoom`] when there are snapshots
-    /// that could be given up.
+    /// [`StoreError::Io`] when the file systems cannot hold them, [`StoreError::KeptRoom`] when there are snapshots that
+    /// could be given up, and [`StoreError::Displaced`] when the files are not where they were.
     pub fn provide(&self, capacity_bytes: u64) -> Result<(), StoreError> {
         let mut state = self.state();
         let room = state.ledger.room_bytes(capacity_bytes);
@@ -100,7 +106,7 @@ impl Store {
     }
 
     /// Makes the data files at least so long.
-    pub(super) fn grow_to(&self, state: &mut State, capacity_bytes: u64) -> Result<(), IoError> {
+    pub(super) fn grow_to(&self, state: &mut State, capacity_bytes: u64) -> Result<(), StoreError> {
         match capacity_bytes.saturating_sub(state.ledger.extents().capacity()) {
             0 => Ok(()),
             missing => self.grow(state, missing),
@@ -108,18 +114,20 @@ impl Store {
     }
 
     /// Says why there is no room; where snapshots are a reason they are named.
-    fn no_room(&self, state: &State, source: IoError) -> StoreError {
+    fn no_room(&self, state: &State, error: StoreError) -> StoreError {
         let snapshots: Vec<String> = state.ledger.pins().map(str::to_owned).collect();
-        match source {
-            IoError::NoSpace { .. } if !snapshots.is_empty() => {
+        match error {
+            StoreError::Io(source @ IoError::NoSpace { .. }) if !snapshots.is_empty() => {
                 StoreError::KeptRoom { path: self.path().to_owned(), snapshots, source }
             }
-            source => source.into(),
+            error => error,
         }
     }
 
     /// Makes the data files longer by so many bytes at least.
-    fn grow(&self, state: &mut State, bytes: u64) -> Result<(), IoError> {
+    fn grow(&self, state: &mut State, bytes: u64) -> Result<(), StoreError> {
+        // Nobody will find what would be written there.
+        self.check_own()?;
         let present = state.ledger.extents().capacity();
         let aligned = |bytes: u64| bytes.checked_next_multiple_of(EXTENT_ALIGNMENT).unwrap_or(u64::MAX);
         let capacity = present.saturating_add(aligned(bytes.max(GROWTH_BYTES)));
@@ -129,16 +137,10 @@ impl Store {
         let grown = match self.inner.space.allocate(capacity) {
             Ok(()) => capacity,
             Err(IoError::NoSpace { .. }) => self.inner.space.allocate(enough).map(|()| enough)?,
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         };
         step(Step::Grown);
         state.ledger.grow(grown);
         Ok(())
-    }
-
-    /// Takes the manifests away, durably: what they name is about to be overwritten.
-    fn withdraw(&self) -> Result<(), StoreError> {
-        let withdrawn = self.inner.home.withdraw();
-        withdrawn.map_err(|source| StoreError::directory("withdraw", &self.path().join(MANIFEST), source))
     }
 }

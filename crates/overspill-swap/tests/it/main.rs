@@ -4,6 +4,7 @@
 mod apart;
 mod buffers;
 mod carried;
+mod displaced;
 mod folder;
 mod full;
 mod generations;
