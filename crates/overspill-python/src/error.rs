@@ -129,7 +129,9 @@ impl Told {
                 Self { class: "DiskFullError", errno: Some(ENOSPC), path }
             }
             IoError::EndOfFile { path, .. } => {
-                Self { class: "EndOfFileError", errno: None, path: Some(path.display().to_string()) }
+                // No call failed: there were no bytes.
+                let path = Some(path.display().to_string());
+                Self { class: "EndOfFileError", errno: Some(ENODATA), path }
             }
             IoError::WriteZero { path, .. } | IoError::NotAFile { path } => {
                 Self { class: "StorageError", errno: Some(EIO), path: Some(path.display().to_string()) }
@@ -176,6 +178,7 @@ impl Told {
 
 const ENOENT: i32 = 2;
 const EIO: i32 = 5;
+const ENODATA: i32 = 61;
 const ENOSPC: i32 = 28;
 const EDQUOT: i32 = 122;
 const EFBIG: i32 = 27;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
@@ -116,3 +117,8 @@ def status(name):
 def descriptors():
     """How many files this process has open."""
     return len(os.listdir("/proc/self/fd"))
+
+
+def manifest_of(path):
+    """What a manifest says, behind its first line."""
+    return json.loads(path.read_text().split("\n", 1)[1])

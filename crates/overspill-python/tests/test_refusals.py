@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import inspect
 import math
 import os
@@ -165,6 +166,35 @@ def test_options_that_cannot_be_meant_are_refused(options, error, message, swap_
     assert not swap_dir.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value", "message"),
+    [
+        ("AdamW", "betas", (0.9, 1.0), "in \\[0, 1\\)"),
+        ("Adam", "betas", (-0.5, 0.9), "in \\[0, 1\\)"),
+        ("Lion", "betas", (0.9, math.nan), "in \\[0, 1\\)"),
+        ("Muon", "ns_steps", 100, "ns_steps is 1 to 99"),
+        ("Muon", "ns_steps", 0, "ns_steps is 1 to 99"),
+        ("Muon", "adjust_lr_fn", "none", "one of original"),
+        ("Adafactor", "d", 0.5, "d is 1 or more"),
+        ("Adafactor", "eps", (None, -1.0), "each of eps is 0 or more"),
+        ("Adafactor", "beta2_decay", 0.5, "beta2_decay is 0 or less"),
+    ],
+)
+def test_options_that_were_changed_are_looked_at_by_the_next_step(name, option, value, message, swap_dir):
+    ours = parameters([(6, 4)])
+    optimizer = getattr(overspill, name)(ours, swap_dir=swap_dir, **SMALL)
+    set_gradients(0, ours)
+    optimizer.step()
+    before, (group,) = [p.detach().clone() for p in ours], optimizer.param_groups
+    kept, group[option] = group[option], value
+    with pytest.raises(ArgumentError, match=message):
+        optimizer.step()
+    assert_same(ours, before)
+    group[option] = kept
+    optimizer.step()
+    assert not torch.equal(ours[0], before[0])
+
+
 def options_of(name):
     """The options of a class, and one that there is not."""
     signature = inspect.signature(getattr(overspill, name)).parameters
@@ -291,6 +321,11 @@ def assert_same_states(ours, theirs):
         (lambda state: state["state"][0].update(step=2.0**53), "less than 9007199254740992"),
         (lambda state: state["state"][0].update(exp_avg=None), "has no 'exp_avg'"),
         (lambda state: state["state"][0].update(exp_avg=[1.0]), "no dense tensor"),
+        (
+            lambda state: state["state"][0].update(exp_avg=torch.ones(37, 53, device="meta")),
+            "no dense tensor",
+        ),
+        (lambda state: state["state"][0].update(step=torch.ones((), device="meta")), "a number of steps"),
     ],
 )
 def test_a_state_that_is_none_is_told_what_it_lacks(change, message, swap_dir):
@@ -340,6 +375,14 @@ def test_the_system_is_quoted_with_its_number(tmp_path):
             overspill.AdamW([p], swap_dir=swap_dir, **SMALL).step()
         assert told.value.errno == number and told.value.filename
     assert os.listdir(tmp_path) == ["file"]
+    with overspill.AdamW([p], swap_dir=[tmp_path / "a", tmp_path / "b"], **SMALL) as optimizer:
+        optimizer.commit()
+    with pytest.raises(errors.StorageError, match="Not a directory") as told:
+        overspill.AdamW.resume([p], [tmp_path / "a", blocked], **SMALL)
+    assert told.value.errno == errno.ENOTDIR and told.value.filename == str(blocked)
+    with pytest.raises(errors.EndOfFileError) as told:
+        overspill.aio_handle().sync_pread(torch.empty(100), blocked)
+    assert told.value.errno == errno.ENODATA and told.value.filename == str(blocked)
 
 
 def test_a_build_without_the_command_line_says_so(monkeypatch, capsys):

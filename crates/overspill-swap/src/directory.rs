@@ -118,7 +118,7 @@ impl Directory {
         let failed = |source| StoreError::Directory { action: "open", path: path.to_owned(), source };
         let is_directory = std::fs::symlink_metadata(path).map_err(failed)?.is_dir();
         if !is_directory {
-            return Err(failed(io::ErrorKind::NotADirectory.into()));
+            return Err(failed(Errno::NOTDIR.into()));
         }
         let held = hold(path).map_err(failed)?;
         let opened = open_lock(path, OpenOptions::new().read(true).write(true));

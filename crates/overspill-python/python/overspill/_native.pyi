@@ -64,7 +64,8 @@ class Optimizer:
     ) -> Optimizer:
         """The state that was committed last, with the same parameters; ``weights`` are filled with theirs.
 
-        A ``snapshot`` is read, every byte of it, and made the last commit before.
+        A ``snapshot`` is read, every byte of it, and made the last commit before. ``weights`` are as they were if those of
+        the commit are damaged.
         """
 
     @staticmethod
@@ -118,7 +119,13 @@ class Optimizer:
         """Makes the state and all weights the next generation on storage; ``meta`` (JSON) goes with it."""
 
     def roll_back(self, weights: Sequence[Tensor]) -> None:
-        """Goes back to the last commit, weights included."""
+        """Goes back to the last commit, weights included, every byte of which is read before: damage changes nothing.
+
+        What fails later leaves no state, until this succeeds.
+        """
+
+    def lose(self) -> None:
+        """Gives the state up until :meth:`roll_back` succeeds: its weights are not where they belong."""
 
     def meta(self) -> str:
         """What went with the last commit; ``"null"`` if there was none."""

@@ -86,7 +86,7 @@ class DiskFullError(StorageError):
 
 
 class EndOfFileError(StorageError, EOFError):
-    """The file ends before the last byte that was asked for."""
+    """The file ends before the last byte that was asked for; ``errno`` is ``ENODATA``."""
 
 
 class EngineError(StorageError, RuntimeError):

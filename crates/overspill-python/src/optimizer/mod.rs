@@ -217,6 +217,13 @@ impl Optimizer {
         self.with(py, |swapped| swapped.roll_back(&mut weights))
     }
 
+    fn lose(&self, py: Python<'_>) -> PyResult<()> {
+        self.with(py, |swapped| {
+            swapped.lose();
+            Ok(())
+        })
+    }
+
     fn meta(&self, py: Python<'_>) -> PyResult<String> {
         self.with(py, |swapped| Ok(swapped.meta().to_string()))
     }

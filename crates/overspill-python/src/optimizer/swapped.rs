@@ -14,7 +14,7 @@ use overspill_optim::Isa;
 use overspill_swap::optimizer::{
     OptimizerError, OptimizerPlan, OptimizerSwapper, ParameterSpec, PlanOptions, TooSmall,
 };
-use overspill_swap::{Durability, ServedVolume, Store, Volume, VolumeSite, VolumeSites};
+use overspill_swap::{Durability, ServedVolume, Store, StoreError, Volume, VolumeSite, VolumeSites};
 use serde_json::Value;
 
 pub(crate) use self::state::Shown;
@@ -27,7 +27,7 @@ use crate::error::Error;
 use crate::tensor::Tensor;
 
 /// What a user decides when the object is made.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Options {
     pub(super) formats: Formats,
     pub(super) durability: Durability,
@@ -57,7 +57,7 @@ pub(super) struct Swapped {
     described: Vec<Described>,
     options: Options,
     isa: Isa,
-    /// `None` when it was lost while parameters were added.
+    /// `None` when it was lost: while parameters were added, or between the state's and the weights' way back to a commit.
     swapper: Option<OptimizerSwapper>,
     store: Store,
     transport: Transport,
@@ -98,7 +98,8 @@ impl Swapped {
         Ok(Self { parameters, described, options, isa, swapper, store, transport, stepping })
     }
 
-    /// Takes up what was committed, or a snapshot, and fills `weights`.
+    /// Takes up what was committed, or a snapshot, and fills `weights`, which are read before, too: damage leaves them as
+    /// they are.
     pub(super) fn open(
         described: Vec<Described>,
         weights: &mut [Tensor],
@@ -135,6 +136,9 @@ impl Swapped {
         let (isa, stepping) = (Isa::detect(), Duration::ZERO);
         let opened = Self { parameters, described, options, isa, swapper, store, transport, stepping };
         opened.check_weights(weights)?;
+        if snapshot.is_none() {
+            weights::check(&opened.store, &opened.transport.pool)?;
+        }
         weights::load(&opened.store, &opened.transport.pool, weights)?;
         Ok(opened)
     }
@@ -217,9 +221,11 @@ impl Swapped {
         Ok(())
     }
 
-    /// Begins to load what the next step needs first.
+    /// Begins to load what the next step needs first. Of a state that was lost there is nothing: the step says so.
     pub(super) fn prefetch(&mut self) -> Result<(), Error> {
-        Ok(self.swapper.as_mut().ok_or(OptimizerError::Lost)?.prefetch()?)
+        let prefetched = self.swapper.as_mut().map(OptimizerSwapper::prefetch);
+        prefetched.transpose()?;
+        Ok(())
     }
 
     /// Waits for every write; what is being loaded for the next step stays under way.
@@ -271,11 +277,47 @@ impl Swapped {
         Ok(())
     }
 
-    /// Goes back to the last commit.
+    /// Goes back to the last commit, every byte of which is read before: damage changes nothing. What fails later leaves
+    /// no state, until this succeeds.
     pub(super) fn roll_back(&mut self, tensors: &mut [Tensor]) -> Result<(), Error> {
         self.check_weights(tensors)?;
-        self.swapper.as_mut().ok_or(OptimizerError::Lost)?.roll_back()?;
-        weights::load(&self.store, &self.transport.pool, tensors)
+        let committed = self.store.meta();
+        if committed.is_null() {
+            return Err(StoreError::NothingCommitted { path: self.store.path().to_owned() }.into());
+        }
+        let expected = identity(&self.described, &self.options.formats, &self.begins_tile());
+        if let Some(difference) = difference(&committed["meta"], &expected) {
+            return Err(Error::State(format!("the last commit is of other parameters: {difference}")));
+        }
+        self.store.check_committed(|_| true, weights::blocks(&self.transport.pool))?;
+        let swapper = match self.swapper.take() {
+            Some(mut swapper) => swapper.roll_back().map(|()| swapper)?,
+            None => self.reopen(&committed)?,
+        };
+        weights::load(&self.store, &self.transport.pool, tensors)?;
+        self.swapper = Some(swapper);
+        Ok(())
+    }
+
+    /// The committed state, once the one in use was lost.
+    fn reopen(&self, committed: &Value) -> Result<OptimizerSwapper, Error> {
+        self.store.roll_back()?;
+        let specs = specs(&self.parameters)?;
+        let tile_bytes = OptimizerSwapper::tile_bytes(committed);
+        let plan = plan(
+            &self.parameters,
+            &specs,
+            &Options { tile_bytes, ..self.options.clone() },
+            self.transport.engines_bytes,
+        )?;
+        let tiles = pool_for(&plan)?;
+        Ok(OptimizerSwapper::open(&specs, plan, &self.store, &tiles)?)
+    }
+
+    /// Gives the state up, until [`Swapped::roll_back`] succeeds: the weights that it was of could not be put where they
+    /// belong.
+    pub(super) fn lose(&mut self) {
+        self.swapper = None;
     }
 
     /// What went with the last commit.

@@ -15,6 +15,9 @@ use crate::tensor::Tensor;
 const BLOCK_BYTES: usize = 1 << 20;
 const BLOCKS: usize = 4;
 
+/// What the names of blocks of weights begin with.
+const PREFIX: &str = "weights/";
+
 /// The memory that moving weights takes.
 pub(super) const CLASS: BlockClass =
     BlockClass { name: "weights on their way", block_bytes: BLOCK_BYTES, count: BLOCKS };
@@ -62,6 +65,11 @@ fn settle(slots: Option<Vec<Slot>>) -> Result<(), Error> {
     Ok(())
 }
 
+/// Reads the committed weights and compares them with what was stored: [`load`] fills one after the other.
+pub(super) fn check(store: &Store, pool: &Pool) -> Result<(), Error> {
+    Ok(store.check_committed(|tensor| tensor.starts_with(PREFIX), blocks(pool))?)
+}
+
 /// Fills the weights with those of the store.
 pub(super) fn load(store: &Store, pool: &Pool, weights: &mut [Tensor]) -> Result<(), Error> {
     let row = Row::of(weights.iter().map(Tensor::len));
@@ -88,7 +96,7 @@ pub(super) fn load(store: &Store, pool: &Pool, weights: &mut [Tensor]) -> Result
 }
 
 fn name(index: usize) -> String {
-    format!("weights/{index}")
+    format!("{PREFIX}{index}")
 }
 
 /// Tensors, one behind the other.

@@ -9,8 +9,10 @@ pub enum OptimizerError {
     /// Something could not be moved. A pass that fails leaves no state to go on from, but the committed one.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// An earlier pass has failed in its middle.
-    #[error("the optimizer's state was lost when a step failed: roll back, or go on from the last commit")]
+    /// An earlier pass, or a return to the committed state, has failed in its middle.
+    #[error(
+        "the optimizer's state was lost when a step or a roll back failed: roll back, or go on from the last commit"
+    )]
     Lost,
     /// There is no such parameter.
     #[error("there is no parameter {parameter}; there are {count}")]

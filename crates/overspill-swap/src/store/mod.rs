@@ -23,6 +23,7 @@
 //! was moved, or whose path leads to another's, is left alone, as is the other's; nothing is committed meanwhile.
 
 mod attending;
+mod checking;
 mod moves;
 mod opening;
 mod view;

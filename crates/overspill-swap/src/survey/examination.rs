@@ -1,26 +1,23 @@
 //! Reading every byte that a store's generations name, and comparing it with what was stored.
 //!
 //! ```text
-//! generations ─► distinct extents, by offset ─► blocks of a pool, many with the kernel at a time ─► checksum, in order
+//! generations ─► distinct extents, by offset ─► read ─► checksums, compared
 //! ```
 //!
-//! Parts are waited for in the order in which they are asked for, so one checksum is under way at a time, and beside
-//! the manifests an extent takes a claim of a few bytes for each generation. Versions that several generations share are read once. Nobody can open the store meanwhile: its lock is held. The
-//! previous generation is read too, but nobody promised it: what it names is free since the last commit, and may have
-//! been overwritten.
+//! Beside the manifests an extent takes a claim of a few bytes for each generation. Versions that several generations share
+//! are read once. Nobody can open the store meanwhile: its lock is held. The previous generation is read too, but nobody
+//! promised it: what it names is free since the last commit, and may have been overwritten.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use overspill_io::{Engine, IoError, Pool, Priority, Space, Ticket};
-use xxhash_rust::xxh3::Xxh3;
+use overspill_io::{Engine, IoError, Space};
 
+use super::reading::{Blocks, Read, read_extents};
 use super::{Generation, GenerationState, check_store, read_generations};
 use crate::directory::{Directory, MANIFEST};
 use crate::error::StoreError;
-use crate::extent::EXTENT_ALIGNMENT;
 use crate::manifest::{Manifest, TensorRecord};
 use crate::store::{Store, begin_of, check_dealt_alike, check_lengths, open_all, repair_label, space_over};
 use crate::volume::Volume;
@@ -32,17 +29,6 @@ pub struct Examination {
     space: Space,
     generations: Vec<GenerationState>,
     directories: Vec<Directory>,
-}
-
-/// The memory to read into.
-#[derive(Clone, Copy, Debug)]
-pub struct Blocks<'a> {
-    /// Has the blocks.
-    pub pool: &'a Pool,
-    /// Bytes of one; a multiple of [`EXTENT_ALIGNMENT`].
-    pub block_bytes: usize,
-    /// How many are used at a time.
-    pub count: usize,
 }
 
 /// What is to be read.
@@ -125,15 +111,6 @@ struct Claim<'a> {
 const _: () =
     assert!(size_of::<Claim<'_>>() <= 16, "a store of a million tensors is verified in little memory");
 
-/// A part of an extent, on its way in.
-struct Reading<'a> {
-    ticket: Ticket,
-    /// Bytes of the tensor in it; the rest pads it.
-    bytes: usize,
-    /// Who has the extent, if this is its last part.
-    last_of: Option<&'a [Claim<'a>]>,
-}
-
 impl Examination {
     /// Locks the store with these directories, in the order in which they were created.
     ///
@@ -171,15 +148,13 @@ impl Examination {
     /// generation in scope, [`StoreError::Pool`]. Damage is no error.
     ///
     /// # Panics
-    /// When the length of a block is no multiple of [`EXTENT_ALIGNMENT`].
+    /// When the length of a block is no multiple of [`EXTENT_ALIGNMENT`](crate::EXTENT_ALIGNMENT).
     pub fn verify(
         &self,
         scope: Scope<'_>,
         blocks: Blocks<'_>,
         mut progress: impl FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<Option<Findings>, StoreError> {
-        let Blocks { pool, block_bytes, count } = blocks;
-        assert!(block_bytes > 0 && (block_bytes as u64).is_multiple_of(EXTENT_ALIGNMENT), "{block_bytes}");
         let in_scope = |state: &&GenerationState| match scope {
             Scope::Everything => true,
             Scope::Only(generation) => state.generation == *generation,
@@ -193,44 +168,16 @@ impl Examination {
         let total = extents().fold(0, |sum: u64, claims| sum.saturating_add(claims[0].record.length));
         let mut findings = Findings::before(&states);
         findings.bytes = total;
-        let mut parts = extents().flat_map(|claims| {
-            let (offset, length) = claims[0].extent();
-            // Of no bytes one part is none of them.
-            (0..length.max(1)).step_by(block_bytes).map(move |at| {
-                let left = length - at;
-                let last_of = (left <= block_bytes as u64).then_some(claims);
-                (offset + at, left.min(block_bytes as u64) as usize, last_of)
-            })
-        });
-        let (mut under_way, mut done) = (VecDeque::<Reading<'_>>::new(), 0_u64);
-        let (mut hasher, mut failure) = (Xxh3::new(), None);
-        loop {
-            while under_way.len() < count.max(1)
-                && let Some((offset, bytes, last_of)) = parts.next()
-            {
-                let padded = bytes.max(1).next_multiple_of(EXTENT_ALIGNMENT as usize);
-                let block = pool.lease(padded)?;
-                let ticket = self.space.read(offset, block, Priority::Background);
-                under_way.push_back(Reading { ticket, bytes, last_of });
-            }
-            let Some(Reading { ticket, bytes, last_of }) = under_way.pop_front() else { break };
-            match ticket.wait() {
-                Ok(block) => hasher.update(&block[..bytes]),
-                Err(failed) => {
-                    failure.get_or_insert(failed.error);
-                }
-            }
-            if let Some(claims) = last_of {
-                let found = failure.take().map_or_else(|| Ok(hasher.digest()), Err);
+        let wanted = extents().map(|claims| (claims, claims[0].record.offset, claims[0].record.length));
+        let mut done = 0_u64;
+        let read = read_extents(&self.space, blocks, wanted, |Read { bytes, whole }| {
+            if let Some((claims, found)) = whole {
                 findings.judge(claims, &found, &self.space);
-                hasher.reset();
             }
             done += bytes as u64;
-            if progress(done, total).is_break() {
-                return Ok(None);
-            }
-        }
-        Ok(Some(findings))
+            progress(done, total)
+        })?;
+        Ok(read.is_continue().then_some(findings))
     }
 
     /// Makes a generation the current one, under a number of its own, which is returned.

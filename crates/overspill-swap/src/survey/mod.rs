@@ -11,6 +11,7 @@
 
 mod examination;
 mod leftovers;
+mod reading;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -20,8 +21,10 @@ use std::path::{Path, PathBuf};
 
 use overspill_io::Stripes;
 
-pub use self::examination::{Blocks, Damage, Damaged, Examination, Findings, Scope, Verdict};
+pub use self::examination::{Damage, Damaged, Examination, Findings, Scope, Verdict};
 pub use self::leftovers::{Leftover, Remains, Removal, Removed, leftovers, remove_leftover};
+pub use self::reading::Blocks;
+pub(crate) use self::reading::{Read, read_extents};
 use crate::directory::{self, MANIFEST, MANIFEST_PREVIOUS, Owner};
 use crate::error::StoreError;
 use crate::extent::Extent;

@@ -3,7 +3,7 @@
 use std::os::unix::fs::symlink;
 
 use overspill_io::{BackendChoice, Engine, EngineConfig, SimConfig};
-use overspill_swap::{Durability, Links, Store, StoreError, Swapped, Worth, endanger};
+use overspill_swap::{Blocks, Durability, Links, Store, StoreError, Swapped, Worth, endanger};
 use serde_json::{Value, json};
 
 use crate::rig::{BACKENDS, BLOCK, Rig};
@@ -359,4 +359,35 @@ fn numbers_that_no_store_has_are_refused_not_computed_with() {
     let path = rig.folder.path().join("immense");
     assert!(Store::create(&path, Durability::Step, u64::MAX, &rig.engine).is_err());
     assert!(!path.exists());
+}
+
+#[test]
+fn the_owner_compares_what_it_committed_beside_what_it_writes() {
+    for backend in BACKENDS {
+        let rig = Rig::new(backend, 6, 3);
+        let blocks = Blocks { pool: &rig.pool, block_bytes: BLOCK / 4, count: 2 };
+        let check = |wanted: fn(&str) -> bool| rig.store.check_committed(wanted, blocks);
+        let (a, b) = (rig.tensor("a", 1), rig.tensor("b", 2));
+        assert!(matches!(check(|_| true), Err(StoreError::NothingCommitted { .. })));
+        rig.store.commit(json!(1)).unwrap();
+        let offset = |name: &str| {
+            let tensors = Store::committed(rig.store.path()).unwrap().tensors;
+            tensors.into_iter().find(|record| record.name == name).unwrap().offset
+        };
+        let a = overwrite(&rig, a, 3);
+        let storing = b.overwrite(rig.block(4)).unwrap().store();
+        check(|_| true).unwrap();
+        let at = offset("b") + BLOCK as u64 - 1;
+        rig.flip_bit(at);
+        let told = check(|_| true).unwrap_err();
+        assert!(matches!(&told, StoreError::Corrupt { tensor, .. } if tensor == "b"), "{told}");
+        check(|name| name == "a").unwrap();
+        let b = storing.wait().unwrap();
+        assert_eq!((rig.read(a).1, rig.read(b).1), (vec![3; BLOCK], vec![4; BLOCK]));
+        rig.flip_bit(at);
+        check(|_| true).unwrap();
+        std::fs::File::options().write(true).open(rig.data()).unwrap().set_len(at).unwrap();
+        let told = check(|_| true).unwrap_err();
+        assert!(matches!(&told, StoreError::Transfer { tensor, .. } if tensor == "b"), "{told}");
+    }
 }

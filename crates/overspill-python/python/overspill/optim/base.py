@@ -6,6 +6,7 @@ and in commits on storage.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
@@ -258,11 +259,17 @@ class SwappedOptimizer(Core):
         a scheduler and the number of the next batch, goes along as ``extra``: anything that JSON has.
 
         Raises:
-            ArgumentError: for what JSON does not have.
-            StateError: with ``durability="none"``, or after a step that failed.
+            ArgumentError: for what JSON does not have, and for parameters and options with which no step would go on.
+            StateError: with ``durability="none"``, after a step or a :meth:`roll_back` that failed, or when options like
+                ``amsgrad`` differ from those that the state has been made with.
             DiskFullError: when there is no room; the last commit is whole.
         """
         native = self._with_places()
+        self._check_shapes()
+        for index, group in enumerate(self.param_groups):
+            # Rates are a schedule's; what else no step would take, no commit has.
+            self._hyper(group)
+            self._check_rule(index, group)
         text = record.record(self, extra)
         # As JSON has it: a commit is the same before and after it was gone on from.
         extra = record.parse(text, self._directories[0], None)["extra"]
@@ -275,8 +282,15 @@ class SwappedOptimizer(Core):
     def roll_back(self) -> None:
         """Goes back to the last commit: state, weights, groups' options, steps, and :attr:`extra`.
 
+        All of the commit is read before anything changes, every byte of it, and compared with what was stored; then what is
+        needed at once is read again. When this is refused, or the commit is damaged, everything is as it was. Should
+        something fail after that, a disk, say, then there is no state until another call succeeds: :meth:`step` and
+        :meth:`commit` raise :class:`overspill.errors.StateError`.
+
         Raises:
-            StateError: when nothing is committed.
+            StateError: when nothing is committed, or parameters or groups have joined since.
+            ArgumentError: when a parameter has another shape or type now.
+            CorruptionError: when what is stored is not what was written.
         """
         native = self._alive()
         if native is None:
@@ -285,16 +299,26 @@ class SwappedOptimizer(Core):
         if text == "null":
             raise StateError("nothing is committed: commit() first")
         found = record.parse(text, self._directories[0], type(self).__name__)
-        if len(found["places"]) != len(self._by_number):
+        have_joined = len(found["places"]) != len(self._by_number)
+        if have_joined or record.counts_of(found) != [len(group["params"]) for group in self.param_groups]:
             raise StateError(
                 "parameters have joined since the last commit: resume() with those of the commit"
             )
+        self._check_shapes()
         with uninterrupted():
             staging = Staging()
             native.roll_back([staging.weight(known.parameter, filled=False) for known in self._by_number])
-            staging.write_back()
-            bump_versions([known.parameter for known in self._by_number])
+            try:
+                staging.write_back()
+                bump_versions([known.parameter for known in self._by_number])
+            except BaseException:
+                native.lose()
+                raise
             self._take_up(found)
+
+    def _check_shapes(self) -> None:
+        for known in self._by_number:
+            known.check_shape()
 
     def _take_up(self, found: Mapping[str, Any]) -> None:
         record.restore_groups(self, found, self._directories[0])
@@ -314,7 +338,8 @@ class SwappedOptimizer(Core):
         """Goes on from the last commit: state, weights (in place), groups' options, steps and :attr:`extra`.
 
         With a ``snapshot``, that is read, every byte of it, and made the last commit before, durably, as ``overspill
-        restore`` does; the snapshot stays. Nothing is changed if it is damaged or of other parameters.
+        restore`` does; the snapshot stays. Nothing is changed if it is damaged or of other parameters. Without one, the
+        weights are read twice: the parameters stay as they are if those of the commit are damaged.
 
         Args:
             params: the same parameters in the same groups as were committed; their values and the groups' options do not
@@ -332,13 +357,14 @@ class SwappedOptimizer(Core):
             CorruptionError: when what is stored is not what was written.
             UnsupportedError: for any other keyword: options of groups are those that were committed.
         """
-        paths = directories_of(swap_dir)
+        # The native half follows no links.
+        paths = tuple(os.path.realpath(path) for path in directories_of(swap_dir))
         snapshot = None if snapshot is None else _check_name(snapshot)
         if not is_committed(paths[0]):
             raise StateError(f"nothing is committed in {paths[0]}: make a new optimizer")
         found = record.parse(Native.committed(paths[0], snapshot), paths[0], cls.__name__)
         config = record.config(found, {"memory": memory, **swap})
-        optimizer = cls(params, swap_dir=swap_dir, _config=config)  # type: ignore[call-arg]
+        optimizer = cls(params, swap_dir=paths, _config=config)  # type: ignore[call-arg]
         try:
             optimizer._open(found, snapshot)
         except BaseException:

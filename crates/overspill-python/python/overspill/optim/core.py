@@ -216,11 +216,7 @@ class Core(torch.optim.Optimizer):
                 known = self._known.get(parameter)
                 if known is None:
                     raise StateError(f"group {index} was given parameters by hand: use add_param_group()")
-                if known.shape is not None and parameter.shape != known.shape:
-                    raise ArgumentError(
-                        f"parameter {known.name} has shape {tuple(parameter.shape)} now, and its state is for "
-                        f"{tuple(known.shape)}"
-                    )
+                known.check_shape()
                 if known in work or (only is not None and known not in only):
                     continue
                 if gradient.layout is not torch.strided:

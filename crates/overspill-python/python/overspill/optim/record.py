@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from overspill.optim.core import Core
     from overspill.optim.table import Known
 
-__all__ = ["parse", "record", "restore_groups", "restore_steps"]
+__all__ = ["config", "counts_of", "parse", "record", "restore_groups", "restore_steps"]
 
 _VERSION = 1
 
@@ -77,6 +77,11 @@ def parse(text: str, directory: str, wanted: str | None) -> dict[str, Any]:
     return found
 
 
+def counts_of(found: Mapping[str, Any]) -> list[int]:
+    """How many parameters each group has."""
+    return [group["count"] for group in found["groups"]]
+
+
 def restore_groups(optimizer: Core, found: Mapping[str, Any], directory: str) -> None:
     """Gives the groups the options of a record.
 
@@ -84,17 +89,18 @@ def restore_groups(optimizer: Core, found: Mapping[str, Any], directory: str) ->
         StateError: when the groups are others; nothing was changed.
     """
     counts = [len(group["params"]) for group in optimizer.param_groups]
-    committed = [group["count"] for group in found["groups"]]
+    committed = counts_of(found)
     if counts != committed:
         raise StateError(
             f"{directory} has groups of {committed} parameters, and groups of {counts} were given: give the same, in the "
             "same order"
         )
-    optimizer.defaults.update(_typed(found["defaults"]))
-    for group, saved in zip(optimizer.param_groups, found["groups"]):
+    defaults, options = _typed(found["defaults"]), [_typed(group["options"]) for group in found["groups"]]
+    optimizer.defaults.update(defaults)
+    for group, restored in zip(optimizer.param_groups, options):
         own = {name: group[name] for name in _OWN if name in group}
         group.clear()
-        group.update({**own, **_typed(saved["options"])})
+        group.update({**own, **restored})
 
 
 def restore_steps(known: Iterable[Known], found: Mapping[str, Any]) -> None:

@@ -55,13 +55,10 @@ def _check_rates(group: Mapping[str, Any], *names: str) -> None:
 
 
 def _betas(group: Mapping[str, Any]) -> dict[str, float]:
-    beta1, beta2 = _numbers(group, "betas", "two numbers", 2)
-    return {"beta1": beta1, "beta2": beta2}
-
-
-def _check_betas(group: Mapping[str, Any]) -> None:
-    for beta in _betas(group).values():
+    betas = _numbers(group, "betas", "two numbers", 2)
+    for beta in betas:
         _check(0.0 <= beta < 1.0, "each of betas", beta, "in [0, 1)")
+    return dict(zip(("beta1", "beta2"), betas))
 
 
 def _common(group: Mapping[str, Any]) -> dict[str, float]:
@@ -117,7 +114,6 @@ class Adam(SwappedOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         _check_rates(group, "eps")
-        _check_betas(group)
 
     def _rule(self, group: Mapping[str, Any]) -> str:
         name = "adamw" if _flag(group, "decoupled_weight_decay") else "adam"
@@ -317,7 +313,6 @@ class Lion(SwappedOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         _check_rates(group)
-        _check_betas(group)
 
     def _rule(self, group: Mapping[str, Any]) -> str:
         return "lion"
@@ -361,28 +356,24 @@ class Adafactor(SwappedOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         _check_rates(group)
-        _check(_number(group, "beta2_decay") <= 0.0, "beta2_decay", group["beta2_decay"], "0 or less")
-        _check(all(eps >= 0.0 for eps in self._eps(group)), "each of eps", group["eps"], "0 or more")
-        _check(_number(group, "d") >= 1.0, "d", group["d"], "1 or more")
 
     def _eps(self, group: Mapping[str, Any]) -> list[float]:
         eps = _option(group, "eps")
         if isinstance(eps, (list, tuple)) and eps and eps[0] is None:
             eps = (_SPACING_OF_F32, *eps[1:])
-        return _numbers({"eps": eps}, "eps", "two numbers, or None and a number", 2)
+        numbers = _numbers({"eps": eps}, "eps", "two numbers, or None and a number", 2)
+        _check(all(number >= 0.0 for number in numbers), "each of eps", group["eps"], "0 or more")
+        return numbers
 
     def _rule(self, group: Mapping[str, Any]) -> str:
         return "adafactor"
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, float]:
         eps1, eps2 = self._eps(group)
-        return {
-            **_common(group),
-            "beta2_decay": _number(group, "beta2_decay"),
-            "eps1": eps1,
-            "eps2": eps2,
-            "d": _number(group, "d"),
-        }
+        beta2_decay, d = _number(group, "beta2_decay"), _number(group, "d")
+        _check(beta2_decay <= 0.0, "beta2_decay", group["beta2_decay"], "0 or less")
+        _check(d >= 1.0, "d", group["d"], "1 or more")
+        return {**_common(group), "beta2_decay": beta2_decay, "eps1": eps1, "eps2": eps2, "d": d}
 
 
 class Muon(SwappedOptimizer):
@@ -423,15 +414,6 @@ class Muon(SwappedOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         _check_rates(group, "momentum", "eps")
-        _check(_number(group, "ns_steps") in range(1, 100), "ns_steps", group["ns_steps"], "1 to 99")
-        how = _option(group, "adjust_lr_fn")
-        known = ("original", "match_rms_adamw", "spectral_unclamped")
-        _check(
-            how is None or (isinstance(how, str) and how in known),
-            "adjust_lr_fn",
-            how,
-            f"None or one of {', '.join(known)}",
-        )
         for parameter in group["params"]:
             self._sides(parameter)
 
@@ -449,6 +431,11 @@ class Muon(SwappedOptimizer):
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, float]:
         a, b, c = _numbers(group, "ns_coefficients", "three numbers", 3)
+        ns_steps, how = _number(group, "ns_steps"), _option(group, "adjust_lr_fn")
+        _check(ns_steps in range(1, 100), "ns_steps", group["ns_steps"], "1 to 99")
+        known = ("original", "match_rms_adamw", "spectral_unclamped")
+        is_known = how is None or (isinstance(how, str) and how in known)
+        _check(is_known, "adjust_lr_fn", how, f"None or one of {', '.join(known)}")
         return {
             **_common(group),
             "momentum": _number(group, "momentum"),
@@ -456,9 +443,9 @@ class Muon(SwappedOptimizer):
             "ns_a": a,
             "ns_b": b,
             "ns_c": c,
-            "ns_steps": _number(group, "ns_steps"),
+            "ns_steps": ns_steps,
             "eps": _number(group, "eps"),
-            "match_rms_adamw": float(_option(group, "adjust_lr_fn") == "match_rms_adamw"),
+            "match_rms_adamw": float(how == "match_rms_adamw"),
         }
 
     def _hyper_of(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from overspill.errors import ArgumentError
+
 __all__ = ["DTYPES", "Known"]
 
 DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
@@ -30,3 +32,15 @@ class Known:
     def is_native(self) -> bool:
         """Whether there is a place for its state."""
         return self.number >= 0
+
+    def check_shape(self) -> None:
+        """Sees to it that the state is of the parameter as it is.
+
+        Raises:
+            ArgumentError: when it has become another.
+        """
+        if self.shape is not None and self.parameter.shape != self.shape:
+            raise ArgumentError(
+                f"parameter {self.name} has shape {tuple(self.parameter.shape)} now, and its state is for "
+                f"{tuple(self.shape)}"
+            )
