@@ -2,6 +2,7 @@
 //!
 //! The classes are in `python/overspill/errors.py`; here is which error is told by which.
 
+use std::ffi::OsString;
 use std::sync::Arc;
 
 use overspill_io::{Failed, IoError, PoolError};
@@ -88,7 +89,8 @@ fn also(more: usize) -> String {
 struct Told {
     class: &'static str,
     errno: Option<i32>,
-    path: Option<String>,
+    /// Not always text; Python has it as `os.fsdecode` does.
+    path: Option<OsString>,
 }
 
 impl Told {
@@ -121,20 +123,20 @@ impl Told {
             IoError::Transfer { errno, path, .. } | IoError::File { errno, path, .. } => Self {
                 class: if is_full(*errno) { "DiskFullError" } else { "StorageError" },
                 errno: Some(*errno),
-                path: Some(path.display().to_string()),
+                path: Some(path.as_os_str().to_owned()),
             },
             IoError::Backend { errno, .. } => Self { class: "EngineError", errno: Some(*errno), path: None },
             IoError::NoSpace { path, .. } => {
-                let path = Some(path.display().to_string());
+                let path = Some(path.as_os_str().to_owned());
                 Self { class: "DiskFullError", errno: Some(ENOSPC), path }
             }
             IoError::EndOfFile { path, .. } => {
                 // No call failed: there were no bytes.
-                let path = Some(path.display().to_string());
+                let path = Some(path.as_os_str().to_owned());
                 Self { class: "EndOfFileError", errno: Some(ENODATA), path }
             }
             IoError::WriteZero { path, .. } | IoError::NotAFile { path } => {
-                Self { class: "StorageError", errno: Some(EIO), path: Some(path.display().to_string()) }
+                Self { class: "StorageError", errno: Some(EIO), path: Some(path.as_os_str().to_owned()) }
             }
             IoError::Config { .. } | IoError::SpaceOffset { .. } => Self::plain("ArgumentError"),
             _ => Self::plain("EngineError"),
@@ -149,15 +151,15 @@ impl Told {
             StoreError::Directory { path, source, .. } => Self {
                 class: "StorageError",
                 errno: source.raw_os_error(),
-                path: Some(path.display().to_string()),
+                path: Some(path.as_os_str().to_owned()),
             },
             StoreError::Displaced { path } => {
-                let path = Some(path.display().to_string());
+                let path = Some(path.as_os_str().to_owned());
                 Self { class: "StorageError", errno: Some(ENOENT), path }
             }
             StoreError::Locked { .. } | StoreError::NoLock { .. } => Self::plain("LockedError"),
             StoreError::NoSpace { path, .. } | StoreError::DiskFull { path, .. } => {
-                let path = Some(path.display().to_string());
+                let path = Some(path.as_os_str().to_owned());
                 Self { class: "DiskFullError", errno: Some(ENOSPC), path }
             }
             StoreError::SnapshotRoom { .. } | StoreError::KeptRoom { .. } => {

@@ -33,7 +33,6 @@ mod _native {
     #[pymodule_export]
     use crate::handle::pinned::{Pinned, is_pinned, unpin};
 
-    /// Runs the command line; the answer is its exit status.
     #[pymodule_export]
     use crate::optimizer::{Optimizer, norm};
     #[cfg(feature = "command-line")]

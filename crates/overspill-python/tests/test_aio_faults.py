@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import overspill
-from overspill import errors
+from overspill import _native, errors
 from support import BOUND, MIB, descriptors, pinned, random_bytes, status
 
 # Failures.
@@ -58,17 +58,41 @@ def test_a_limit_on_file_sizes_is_a_full_disk(handle, tmp_path):
     assert handle.sync_pwrite(random_bytes(4 * MIB), tmp_path / "file") == 1
 
 
-def test_validation_finds_a_byte_that_changed(handle, tmp_path):
-    path, tensor = tmp_path / "file", random_bytes(MIB)
-    handle.pwrite(tensor, path, True, True)
-    # Under the feet of an operation that is over, but not waited for.
-    while path.stat().st_size < MIB or path.read_bytes() != bytes(tensor.numpy()):
+def test_without_memory_to_copy_through_the_call_is_refused_and_nothing_waits_for_it(tmp_path):
+    script = """
+import resource, sys, torch, overspill
+handle = overspill.aio_handle()
+tensor, path = torch.ones(100_000, dtype=torch.uint8), sys.argv[1]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20), hard))
+for _ in range(3):
+    try:
+        handle.async_pwrite(tensor, path)
+        sys.exit("taken")
+    except overspill.errors.MemoryBudgetError:
         pass
-    with open(path, "r+b") as file:
-        file.seek(1000)
-        file.write(bytes([tensor[1000] ^ 1]))
-    with pytest.raises(errors.CorruptionError, match="byte 1000"):
-        handle.wait()
+assert handle.wait() == 0
+resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+handle.async_pwrite(tensor, path)
+handle.async_pwrite(tensor, path)
+assert handle.wait() == 2
+"""
+    done = run_python(script, tmp_path / "file")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_bytes() == b"\1" * 100_000
+
+
+def test_validation_finds_a_byte_that_is_another(handle):
+    # What is written to it is gone, and zeros are read.
+    tensor = torch.zeros(3 * MIB, dtype=torch.uint8)
+    tensor[2 * MIB + 1000 :] = 1
+    for source in (tensor, pinned(handle, tensor)):
+        handle.pwrite(source, "/dev/zero", True, True)
+        with pytest.raises(errors.CorruptionError, match=f"byte {2 * MIB + 1000} on"):
+            handle.wait()
+        assert handle.wait() == 0
+    assert handle.read(tensor, "/dev/zero", True) == 0
 
 
 class Deaf(torch.Tensor):
@@ -91,9 +115,96 @@ def test_what_cannot_be_copied_to_its_tensor_is_told_and_all_else_is_copied(hand
         handle.wait()
     assert torch.equal(good.t(), expected)
     assert handle.wait() == 0
+    # What the system has refused comes first.
+    handle.async_pread(deaf.t(), tmp_path / "file")
+    handle.async_pwrite(good, "/dev/full")
+    with pytest.raises(errors.DiskFullError, match="and 1 more operation failed"):
+        handle.wait()
+    # Also if it was needed earlier than waited for.
+    handle.async_pread(deaf.t(), tmp_path / "file")
+    handle.write(deaf.as_subclass(torch.Tensor), tmp_path / "other", False)
+    with pytest.raises(errors.StateError, match="deaf"):
+        handle.wait()
+
+
+class Busy(torch.Tensor):
+    """A tensor that uses the handle when it is copied to, and when it goes."""
+
+    handle = None
+    turns = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), named=None):
+        if function is torch.Tensor.copy_:
+            Busy.turns += 1
+            Busy.handle.wait()
+            Busy.handle.async_pwrite(arguments[0].as_subclass(torch.Tensor), "/dev/null")
+        return super().__torch_function__(function, types, arguments, named or {})
+
+    def __del__(self):
+        Busy.turns += 1
+        try:
+            Busy.handle.wait()
+        except errors.EndOfFileError:
+            pass
+
+
+@pytest.mark.parametrize("length", (1, 256))
+def test_a_tensor_may_use_the_handle_when_it_is_copied_to_and_when_it_goes(handle, tmp_path, length):
+    (tmp_path / "file").write_bytes(bytes(length))
+    Busy.handle, Busy.turns = handle, 0
+    tensor = torch.ones(8, 8).t().as_subclass(Busy)
+    handle.async_pread(tensor, tmp_path / "file")
+    del tensor
+    told = []
+
+    def wait():
+        try:
+            told.append(handle.wait())
+        except errors.EndOfFileError:
+            told.append("end")
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(BOUND)
+    assert not waiting.is_alive() and len(told) == 1
+    gc.collect()
+    assert Busy.turns > 0
+    handle.wait()
+    Busy.handle = None
+
+
+class Interrupting(torch.Tensor):
+    """A tensor whose copy is interrupted once."""
+
+    is_calm = False
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), named=None):
+        if function is torch.Tensor.copy_ and not cls.is_calm:
+            cls.is_calm = True
+            raise KeyboardInterrupt
+        return super().__torch_function__(function, types, arguments, named or {})
+
+
+def test_an_interrupted_copy_is_left_for_the_next_wait(any_handle, tmp_path):
+    expected = torch.randn(8, 8)
+    any_handle.sync_pwrite(expected, tmp_path / "file")
+    tensors = [torch.zeros(8, 8).as_subclass(kind).t() for kind in (torch.Tensor, Interrupting, torch.Tensor)]
+    for tensor in tensors:
+        any_handle.async_pread(tensor, tmp_path / "file")
+    with pytest.raises(KeyboardInterrupt):
+        any_handle.wait()
+    assert any_handle.wait() == 3
+    for tensor in tensors:
+        assert torch.equal(tensor.as_subclass(torch.Tensor), expected)
 
 
 # Lifetimes.
+
+
+class Memory(bytearray):
+    """Memory of Python's that says when it goes."""
 
 
 def test_a_tensor_dropped_while_it_moves_stays_until_it_is_written(handle, tmp_path):
@@ -124,14 +235,22 @@ def test_new_data_of_a_tensor_does_not_move_its_old_ones(handle, tmp_path):
 
 
 def test_a_tensor_is_let_go_when_it_was_moved(handle, tmp_path):
-    for make in (lambda: random_bytes(MIB), lambda: pinned(handle, random_bytes(MIB))):
-        storage = make().untyped_storage()
-        gone = weakref.ref(storage)
-        handle.async_pwrite(torch.tensor([], dtype=torch.uint8).set_(storage), tmp_path / "file")
-        del storage
+    def ordinary():
+        memory = Memory(bytes(random_bytes(MIB).numpy()))
+        return torch.frombuffer(memory, dtype=torch.uint8), weakref.ref(memory)
+
+    def locked():
+        tensor = pinned(handle, random_bytes(MIB))
+        address = tensor.data_ptr()
+        return tensor, lambda: _native.is_pinned(address, 1) or None
+
+    for make in (ordinary, locked):
+        tensor, memory = make()
+        handle.async_pwrite(tensor, tmp_path / "file")
+        del tensor
         handle.wait()
         gc.collect()
-        assert gone() is None
+        assert memory() is None
 
 
 def test_a_dropped_handle_finishes_what_is_pending(backend, tmp_path):

@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_opened_is_told_with_its_name(any_handle, tmp_path
     place = os.path.join(os.fsencode(tmp_path), os.fsencode(name))
     with pytest.raises(StorageError) as caught:
         any_handle.sync_pwrite(torch.zeros(4), place)
-    assert caught.value.errno and caught.value.filename
+    assert caught.value.errno and os.fsencode(caught.value.filename) == place
     assert not os.listdir(tmp_path)
 
 

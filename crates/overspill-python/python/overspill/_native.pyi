@@ -150,8 +150,17 @@ class Optimizer:
     def close(self) -> None:
         """Ends all I/O and releases everything; any other call is refused afterwards."""
 
-Order = tuple[Tensor, "str | bytes | PathLike[str] | PathLike[bytes] | int", bool, int, bool, Tensor | None]
-"""``(tensor, file, write, offset, validate, landing)``: once ``tensor`` is read, it is copied to ``landing``."""
+Order = tuple[
+    Tensor,
+    "str | bytes | PathLike[str] | PathLike[bytes] | int",
+    bool,
+    int,
+    bool,
+    tuple[Tensor, int, int] | None,
+]
+"""``(tensor, file, write, offset, validate, landing)``: once ``tensor`` is read, it is copied to the tensor of ``landing``,
+which has the addresses from the first number to before the second.
+"""
 
 class Handle:
     """The engine behind :class:`overspill.aio_handle`. All calls that move or wait release the GIL."""
@@ -173,6 +182,9 @@ class Handle:
 
     def wait(self) -> int:
         """Waits for everything that was asked for; how many operations no other wait has counted."""
+
+    def settle(self, start: int, end: int) -> None:
+        """Waits until nothing that was asked for is yet to change the memory from ``start`` to before ``end``."""
 
     def close(self) -> None:
         """Finishes what is pending, within a minute, and stops the engine. In a fork it does nothing."""

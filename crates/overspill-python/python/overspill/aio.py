@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import os
+import sys
 import warnings
 import weakref
 from typing import Any, NoReturn, Union
@@ -39,6 +40,8 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
     Pinned tensors of :meth:`new_cpu_locked_tensor` are moved from where they lie, all others through memory of the
     handle's, up to 48 MiB. Tensors that are not contiguous, and those of other devices, are copied to the CPU first. A tensor
     must not be written to while it is being written to a file, and not be used while it is being read; it may be dropped.
+    What is read by way of the CPU's memory reaches its tensor when it is waited for, or when another call needs it there,
+    which then waits for it.
     Operations of one handle that touch the same bytes of a tensor or a file are carried out in the order of their calls, all
     others at the same time. All calls may come from several threads, and release the GIL while they wait.
 
@@ -131,7 +134,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
 
         As :meth:`pread`, which see for arguments and errors.
         """
-        self._native.run(_order(buffer, filename, False, file_offset, validate), True)
+        self._native.run(self._order(buffer, filename, False, file_offset, validate), True)
         return 0
 
     def write(self, buffer: torch.Tensor, filename: File, validate: bool, file_offset: int = 0) -> int:
@@ -139,7 +142,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
 
         As :meth:`pwrite`, which see for arguments and errors.
         """
-        self._native.run(_order(buffer, filename, True, file_offset, validate), True)
+        self._native.run(self._order(buffer, filename, True, file_offset, validate), True)
         return 0
 
     # `async` is DeepSpeed's name of the parameter and a keyword of Python's.
@@ -151,7 +154,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         Args:
             buffer: any tensor; as many bytes are read as it has.
             filename: a path, or the descriptor of a file that is open for reading.
-            validate: whether to compare what was read with the file once more, when it is waited for.
+            validate: whether to compare what was read with the file once more, as soon as it is there.
             async: whether to return 0 at once; otherwise the call waits, as :meth:`wait` does, and returns its answer.
             file_offset: bytes of the file to skip.
 
@@ -159,13 +162,14 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
             overspill.errors.ArgumentError: nothing is called so, or no file is so large.
             overspill.errors.UnsupportedError: the tensor has no contents, is not dense or, to be read into, has elements
                 that share memory.
+            overspill.errors.MemoryBudgetError: there is no memory to copy through.
             overspill.errors.StorageError: the file cannot be opened. What fails later is told by the wait that covers it:
             overspill.errors.EndOfFileError: the file ends too early; ``buffer`` may have changed in part.
             overspill.errors.CorruptionError: validation has found another byte.
             overspill.errors.ForkError: the handle is another process's.
         """
         wait, offset = _asynchronous("pread", arguments, named)
-        return self._move(_order(buffer, filename, False, offset, validate), wait)
+        return self._move(self._order(buffer, filename, False, offset, validate), wait)
 
     def pwrite(
         self, buffer: torch.Tensor, filename: File, validate: bool, *arguments: Any, **named: Any
@@ -178,7 +182,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         Args:
             buffer: any tensor.
             filename: a path, or the descriptor of a file that is open for writing.
-            validate: whether to compare the file with ``buffer``, when it is waited for.
+            validate: whether to compare the file with ``buffer``, as soon as it is written. It must be readable.
             async: whether to return 0 at once; otherwise the call waits, as :meth:`wait` does, and returns its answer.
             file_offset: bytes of the file to skip.
 
@@ -186,25 +190,26 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
             overspill.errors.ArgumentError: nothing is called so, or no file is so large.
             overspill.errors.UnsupportedError: the tensor has no contents, is not dense or, to be read into, has elements
                 that share memory.
+            overspill.errors.MemoryBudgetError: there is no memory to copy through.
             overspill.errors.StorageError: the file cannot be opened. What fails later is told by the wait that covers it:
             overspill.errors.DiskFullError: there is no room; the bytes that there was room for may have been written.
             overspill.errors.CorruptionError: validation has found another byte.
             overspill.errors.ForkError: the handle is another process's.
         """
         wait, offset = _asynchronous("pwrite", arguments, named)
-        return self._move(_order(buffer, filename, True, offset, validate), wait)
+        return self._move(self._order(buffer, filename, True, offset, validate), wait)
 
     def sync_pread(self, buffer: torch.Tensor, filename: File, file_offset: int = 0) -> int:
         """:meth:`pread` that waits: the number of operations that have ended, with those that were pending."""
-        return self._move(_order(buffer, filename, False, file_offset), True)
+        return self._move(self._order(buffer, filename, False, file_offset), True)
 
     def sync_pwrite(self, buffer: torch.Tensor, filename: File, file_offset: int = 0) -> int:
         """:meth:`pwrite` that waits: the number of operations that have ended, with those that were pending."""
-        return self._move(_order(buffer, filename, True, file_offset), True)
+        return self._move(self._order(buffer, filename, True, file_offset), True)
 
     def async_pread(self, buffer: torch.Tensor, filename: File, file_offset: int = 0) -> int:
         """:meth:`pread` that does not wait. Returns 0."""
-        return self._move(_order(buffer, filename, False, file_offset), False)
+        return self._move(self._order(buffer, filename, False, file_offset), False)
 
     def async_pwrite(
         self,
@@ -218,7 +223,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         target = filename if fd is None else fd
         if target is None or (filename is not None and fd is not None):
             raise TypeError("async_pwrite() takes either filename or fd")
-        return self._move(_order(buffer, target, True, file_offset), False)
+        return self._move(self._order(buffer, target, True, file_offset), False)
 
     def wait(self) -> int:
         """Waits until everything that was asked for is over; the number of operations, 0 if nothing was pending.
@@ -255,6 +260,23 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
     def is_pinned(self, buffer: torch.Tensor) -> bool:
         """Whether ``buffer`` is moved without a copy: it lies in a pinned tensor of any handle, or is pinned by torch."""
         return is_pinned(buffer)
+
+    def _order(
+        self, buffer: torch.Tensor, file: File, write: bool, offset: int, validate: bool = False
+    ) -> _native.Order:
+        """What the native half is asked for: what is moved, and what has to be copied from it when it has been read.
+
+        Raises:
+            UnsupportedError: for what cannot be moved.
+        """
+        if _is_moved_in_place(_tensor(buffer)):
+            return buffer, file, write, offset, bool(validate), None
+        reach = _reach(buffer)
+        if write:
+            # What is copied now must have arrived.
+            self._native.settle(*reach)
+            return _packed(buffer), file, True, offset, bool(validate), None
+        return _host(buffer), file, False, offset, bool(validate), (buffer.detach(), *reach)
 
     def _move(self, order: _native.Order, wait: bool) -> int:
         if wait:
@@ -321,19 +343,12 @@ def _has_memory(tensor: torch.Tensor) -> bool:
     return _tensor(tensor).layout is torch.strided and tensor.device.type == "cpu"
 
 
-def _order(
-    buffer: torch.Tensor, file: File, write: bool, offset: int, validate: bool = False
-) -> _native.Order:
-    """What the native half is asked for: what is moved, and what has to be copied from it when it has been read.
+def _is_moved_in_place(buffer: torch.Tensor) -> bool:
+    """Whether files have the very bytes of the tensor's memory.
 
     Raises:
-        UnsupportedError: for what cannot be moved.
+        UnsupportedError: for a tensor that has none.
     """
-    host, landing = _on_host(_tensor(buffer), write)
-    return host, file, write, offset, bool(validate), landing
-
-
-def _on_host(buffer: torch.Tensor, write: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     if buffer.layout is not torch.strided or buffer.device.type == "meta":
         raise UnsupportedError(
             "tensors without contents, and those that are not dense, cannot be moved: materialize it, or call "
@@ -341,10 +356,20 @@ def _on_host(buffer: torch.Tensor, write: bool) -> tuple[torch.Tensor, torch.Ten
         )
     # Of these, torch has yet to turn the signs: the bytes are others than the numbers'.
     is_lazy = buffer.is_conj() or buffer.is_neg()
-    if buffer.device.type == "cpu" and buffer.is_contiguous() and not is_lazy:
-        return buffer, None
-    if write:
-        return buffer.detach().to("cpu").resolve_conj().resolve_neg().contiguous(), None
+    return buffer.device.type == "cpu" and buffer.is_contiguous() and not is_lazy
+
+
+def _packed(buffer: torch.Tensor) -> torch.Tensor:
+    """The elements one behind the other in the CPU's memory, as they are now."""
+    return buffer.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+
+
+def _host(buffer: torch.Tensor) -> torch.Tensor:
+    """Memory of the CPU's to read into, from where it can be copied to the tensor.
+
+    Raises:
+        UnsupportedError: it cannot.
+    """
     if buffer.is_nested:
         raise UnsupportedError(
             "a nested tensor can be read into where it has no gaps: call .contiguous() first"
@@ -354,8 +379,21 @@ def _on_host(buffer: torch.Tensor, write: bool) -> tuple[torch.Tensor, torch.Ten
             "elements of the tensor share memory, so they cannot all be read: read into a tensor of its own, for "
             "example torch.empty(tensor.shape, dtype=tensor.dtype)"
         )
-    host = pinned_tensor(buffer.numel(), buffer.dtype).view(buffer.shape)
-    return host, buffer.detach()
+    return pinned_tensor(buffer.numel(), buffer.dtype).view(buffer.shape)
+
+
+def _reach(buffer: torch.Tensor) -> tuple[int, int]:
+    """The addresses of the tensor's first byte and behind its last; gaps in between count, too."""
+    try:
+        if buffer.is_nested:
+            storage = buffer.untyped_storage()
+            return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        last = sum((size - 1) * stride for size, stride in zip(buffer.shape, buffer.stride()))
+        start = buffer.data_ptr()
+        return start, start + (last + 1) * buffer.element_size() if buffer.numel() else start
+    except RuntimeError:
+        # Where it is, only its device knows: it may be anywhere.
+        return 0, sys.maxsize
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-//! The threads that copy between tensors and blocks, and begin what has to wait.
+//! The threads that copy between tensors and blocks, begin what has to wait, and compare what was moved.
 //!
 //! ```text
 //! submit ──► jobs, in the order of their calls ──► worker: lease, copy in ──► Engine::call ──► write is home
@@ -8,7 +8,11 @@
 //! No worker waits for a device: completions come by calls of the engine's thread, which only put the landed block in the
 //! queue. What bounds the memory is the pool: a piece that finds no free block waits for one, and so does everything
 //! behind it. A job that has to wait for earlier operations holds up those behind it, too; the earlier ones have begun, so
-//! they end. Workers end when they are told to, with nothing left to do.
+//! they end: what a job waits for has entered the queue before it, or has nothing to do there. Whoever registers operations
+//! queues their jobs under the same lock, or two of them would wait for each other.
+//!
+//! An operation is validated when all its other parts have answered, before anything begins that has to wait for it.
+//! Workers end when they are told to, with nothing left to do.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use overspill_io::{Block, Direction, Engine, Failed, File, Pool, Priority};
 
+use super::file::Witness;
 use super::operation::{Operation, Part};
 use super::pinned;
 use super::plan::{Piece, Way};
@@ -34,15 +39,40 @@ pub(super) struct Load {
     pub(super) part: Part,
 }
 
-/// The pieces of one operation that are not begun by its caller.
+/// What of an operation is not begun by its caller.
 pub(super) struct Job {
-    pub(super) direction: Direction,
-    pub(super) tensor: Arc<Tensor>,
-    pub(super) file: File,
-    pub(super) offset: u64,
+    pub(super) step: Step,
     pub(super) loads: VecDeque<Load>,
     /// Those that have to be over first.
     pub(super) after: Vec<Arc<Operation>>,
+    pub(super) validation: Option<Validation>,
+}
+
+/// What all pieces of a job have in common.
+#[derive(Clone)]
+pub(super) struct Step {
+    pub(super) direction: Direction,
+    pub(super) tensor: Arc<Tensor>,
+    pub(super) file: File,
+    /// Where in the file the tensor begins.
+    pub(super) offset: u64,
+}
+
+/// What is to be compared once it has moved.
+pub(super) struct Validation {
+    pub(super) witness: Witness,
+    pub(super) tensor: Arc<Tensor>,
+    pub(super) offset: u64,
+    pub(super) part: Part,
+}
+
+impl Validation {
+    fn carry_out(self) {
+        let Self { witness, tensor, offset, part } = self;
+        let compared = if part.is_pointless() { Ok(()) } else { witness.compare(offset, &tensor) };
+        drop((witness, tensor));
+        part.answer(compared);
+    }
 }
 
 /// A block that was read, to be copied out.
@@ -62,6 +92,8 @@ struct Desk {
 struct State {
     landed: VecDeque<Landed>,
     jobs: VecDeque<Job>,
+    /// Of operations that have begun, or whose jobs are queued.
+    validations: Vec<Validation>,
     /// Made when the first piece is to be copied.
     pool: Option<Pool>,
     /// Reads that have not landed.
@@ -73,16 +105,9 @@ struct State {
 /// What a worker does next.
 enum Task {
     CopyOut(Landed),
+    Validate(Validation),
     Begin { step: Step, load: Load, block: Option<Block> },
     End,
-}
-
-/// What all pieces of a job have in common.
-struct Step {
-    direction: Direction,
-    tensor: Arc<Tensor>,
-    file: File,
-    offset: u64,
 }
 
 /// The workers of one handle; started when there is something to do for them.
@@ -97,6 +122,7 @@ impl Crew {
         let state = State {
             landed: VecDeque::new(),
             jobs: VecDeque::new(),
+            validations: Vec::new(),
             pool: None,
             away: 0,
             is_closing: false,
@@ -105,22 +131,42 @@ impl Crew {
         Self { desk: Arc::new(Desk { state: Mutex::new(state), news: Condvar::new() }), engine, size }
     }
 
-    /// Takes a job on. If it cannot be begun, its operation fails.
-    pub(super) fn take(&self, job: Job) {
-        let copies = job.loads.iter().any(|load| load.piece.way == Way::Copied);
-        let prepared = self.desk.prepare(&self.engine, self.size, copies);
-        match prepared {
-            Ok(()) => {
-                self.desk.lock().jobs.push_back(job);
-                self.desk.news.notify_all();
-            }
-            Err(error) => {
-                let error = Arc::new(error);
-                for load in job.loads {
-                    load.part.answer(Err(Error::Several { first: Arc::clone(&error), more: 0 }));
-                }
+    /// Sees to it that there are blocks to copy through.
+    pub(super) fn prepare_blocks(&self) -> Result<(), Error> {
+        let mut state = self.desk.lock();
+        if state.pool.is_none() {
+            state.pool = Some(pinned::pool("copies", PIECE_BYTES, BLOCKS)?);
+        }
+        Ok(())
+    }
+
+    /// Takes a job on, for which blocks are prepared if it copies anything.
+    ///
+    /// # Errors
+    /// If there is nobody to do it. Nothing of it was begun.
+    pub(super) fn queue(&self, mut job: Job) -> Result<(), Error> {
+        let mut state = self.desk.lock();
+        self.staff(&mut state)?;
+        state.validations.extend(job.validation.take());
+        state.jobs.push_back(job);
+        self.desk.news.notify_all();
+        Ok(())
+    }
+
+    /// Sees to it that there are workers.
+    fn staff(&self, state: &mut State) -> Result<(), Error> {
+        while state.workers < self.size {
+            let (desk, engine) = (Arc::clone(&self.desk), self.engine.clone());
+            let spawned =
+                thread::Builder::new().name("overspill-copy".into()).spawn(move || desk.work(&engine));
+            match spawned {
+                Ok(_handle) => state.workers += 1,
+                // Fewer do it, too.
+                Err(_refusal) if state.workers > 0 => break,
+                Err(refusal) => return Err(Error::State(format!("cannot start a thread: {refusal}"))),
             }
         }
+        Ok(())
     }
 
     /// What is called when an operation is over that others may be waiting for.
@@ -167,26 +213,6 @@ impl Desk {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sees to it that there are workers and, if anything is to be copied, blocks.
-    fn prepare(self: &Arc<Self>, engine: &Engine, size: usize, copies: bool) -> Result<(), Error> {
-        let mut state = self.lock();
-        if copies && state.pool.is_none() {
-            state.pool = Some(pinned::pool("copies", PIECE_BYTES, BLOCKS)?);
-        }
-        while state.workers < size {
-            let (desk, engine) = (Arc::clone(self), engine.clone());
-            let spawned =
-                thread::Builder::new().name("overspill-copy".into()).spawn(move || desk.work(&engine));
-            match spawned {
-                Ok(_handle) => state.workers += 1,
-                // Fewer do it, too.
-                Err(_refusal) if state.workers > 0 => break,
-                Err(refusal) => return Err(Error::State(format!("cannot start a thread: {refusal}"))),
-            }
-        }
-        Ok(())
-    }
-
     fn work(self: Arc<Self>, engine: &Engine) {
         let _leaving = Leaving(Arc::clone(&self));
         loop {
@@ -196,6 +222,10 @@ impl Desk {
                     drop((block, tensor));
                     self.bell().ring();
                     part.answer(Ok(()));
+                    self.bell().ring();
+                }
+                Task::Validate(validation) => {
+                    validation.carry_out();
                     self.bell().ring();
                 }
                 Task::Begin { step, load, block } => match block {
@@ -269,10 +299,18 @@ impl Desk {
 
 impl State {
     fn next(&mut self) -> Option<Task> {
-        if let Some(landed) = self.landed.pop_front() {
-            return Some(Task::CopyOut(landed));
-        }
-        while let Some(job) = self.jobs.front_mut() {
+        loop {
+            if let Some(landed) = self.landed.pop_front() {
+                return Some(Task::CopyOut(landed));
+            }
+            let moved = self.validations.iter().position(|validation| validation.part.is_last());
+            if let Some(moved) = moved {
+                return Some(Task::Validate(self.validations.swap_remove(moved)));
+            }
+            let Some(job) = self.jobs.front_mut() else {
+                return (self.is_closing && self.away == 0 && self.validations.is_empty())
+                    .then_some(Task::End);
+            };
             job.after.retain(|earlier| !earlier.is_over());
             if !job.after.is_empty() {
                 return None;
@@ -298,23 +336,13 @@ impl State {
                     }
                 }
             };
-            let Job { direction, tensor, file, offset, .. } = &*job;
-            let (tensor, file) = (Arc::clone(tensor), file.clone());
-            let step = Step { direction: *direction, tensor, file, offset: *offset };
-            return Some(Task::Begin { step, load, block });
+            return Some(Task::Begin { step: job.step.clone(), load, block });
         }
-        (self.is_closing && self.away == 0).then_some(Task::End)
     }
 }
 
 /// Moves a piece from where it lies.
-pub(super) fn begin(engine: &Engine, job: &Job, load: Load, bell: Bell) {
-    let Job { direction, tensor, file, offset, .. } = job;
-    let (tensor, file) = (Arc::clone(tensor), file.clone());
-    begin_direct(engine, Step { direction: *direction, tensor, file, offset: *offset }, load, bell);
-}
-
-fn begin_direct(engine: &Engine, step: Step, load: Load, bell: Bell) {
+pub(super) fn begin_direct(engine: &Engine, step: Step, load: Load, bell: Bell) {
     let Step { direction, tensor, file, offset } = step;
     let Load { piece, part } = load;
     let offset = offset + piece.range.start as u64;

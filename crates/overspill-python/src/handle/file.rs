@@ -2,13 +2,15 @@
 //!
 //! A file is opened for one operation. To be written it is made if there is none, readable and writable by its owner, and
 //! it is never cut; symbolic links are followed. Of a descriptor the file is opened anew, so that no flag or position of
-//! the caller's is changed, and the caller may close it at once.
+//! the caller's is changed, and the caller may close it at once. To be validated it is opened a second time, by the first
+//! and not by its name: what was moved is compared with the file that it was moved to, wherever that is by then.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use overspill_io::{Direction, Engine, IoError};
@@ -57,10 +59,17 @@ impl Name {
 pub(super) struct Opened {
     pub(super) file: overspill_io::File,
     pub(super) key: FileKey,
+    /// To compare it with a tensor, if that was asked for.
+    pub(super) witness: Option<Witness>,
 }
 
 /// Opens what `name` means, to move bytes in `direction`.
-pub(super) fn open(engine: &Engine, name: &Name, direction: Direction) -> Result<Opened, Error> {
+pub(super) fn open(
+    engine: &Engine,
+    name: &Name,
+    direction: Direction,
+    is_validated: bool,
+) -> Result<Opened, Error> {
     let (path, told) = match name {
         Name::Path(path) => (path.clone(), path.clone()),
         Name::Descriptor(number) => descriptor(*number, direction)?,
@@ -69,7 +78,11 @@ pub(super) fn open(engine: &Engine, name: &Name, direction: Direction) -> Result
     let file = open_std(&path, direction).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     let key = FileKey { device: metadata.dev(), inode: metadata.ino() };
-    Ok(Opened { file: engine.adopt(file, &told)?, key })
+    // What is no file is refused before it is opened again.
+    let number = file.as_raw_fd();
+    let file = engine.adopt(file, &told)?;
+    let witness = if is_validated { Some(Witness::of(number, told)?) } else { None };
+    Ok(Opened { file, key, witness })
 }
 
 fn open_std(path: &Path, direction: Direction) -> io::Result<File> {
@@ -98,27 +111,49 @@ fn descriptor(number: i32, direction: Direction) -> Result<(PathBuf, PathBuf), E
     if flags & libc::O_ACCMODE == forbidden {
         return Err(bad().into());
     }
-    let path = PathBuf::from(format!("/proc/self/fd/{number}"));
+    let path = link(number);
     let told = fs::read_link(&path).unwrap_or(told);
     Ok((path, told))
 }
 
-/// Compares a file, as everybody reads it, with a tensor that was moved.
-pub(super) fn compare(path: &Path, offset: u64, tensor: &Tensor) -> Result<(), Error> {
-    const PIECE_BYTES: usize = 1 << 20;
-    let failed = |error: io::Error| Error::from(failure("validate", path, &error));
-    let mut file = File::open(path).map_err(failed)?;
-    file.seek(SeekFrom::Start(offset)).map_err(failed)?;
-    let mut found = vec![0; PIECE_BYTES];
-    for (index, expected) in tensor.bytes().chunks(PIECE_BYTES).enumerate() {
-        let found = &mut found[..expected.len()];
-        file.read_exact(found).map_err(failed)?;
-        if let Some(at) = found.iter().zip(expected).position(|(found, expected)| found != expected) {
-            let at = offset + (index * PIECE_BYTES + at) as u64;
-            return Err(Error::Corrupt(format!("{} is not the tensor from byte {at} on", path.display())));
+/// A file as everybody reads it, through the page cache.
+pub(super) struct Witness {
+    file: File,
+    path: PathBuf,
+}
+
+impl Witness {
+    /// Opens the file of a descriptor that is open meanwhile.
+    fn of(number: i32, path: PathBuf) -> Result<Self, Error> {
+        let mut options = OpenOptions::new();
+        let opened = options.read(true).custom_flags(libc::O_NONBLOCK).open(link(number));
+        match opened {
+            Ok(file) => Ok(Self { file, path }),
+            Err(error) => Err(failure("validate", &path, &error).into()),
         }
     }
-    Ok(())
+
+    /// Compares the file, from `offset` on, with a tensor that was moved.
+    pub(super) fn compare(&self, offset: u64, tensor: &Tensor) -> Result<(), Error> {
+        const PIECE_BYTES: usize = 1 << 20;
+        let failed = |error: io::Error| Error::from(failure("validate", &self.path, &error));
+        let mut found = vec![0; PIECE_BYTES.min(tensor.len())];
+        for (index, expected) in tensor.bytes().chunks(PIECE_BYTES).enumerate() {
+            let found = &mut found[..expected.len()];
+            let start = offset + (index * PIECE_BYTES) as u64;
+            self.file.read_exact_at(found, start).map_err(failed)?;
+            if let Some(at) = found.iter().zip(expected).position(|(found, expected)| found != expected) {
+                let (path, at) = (self.path.display(), start + at as u64);
+                return Err(Error::Corrupt(format!("{path} is not the tensor from byte {at} on")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The path by which the kernel opens the file of a descriptor, whatever its name.
+fn link(number: i32) -> PathBuf {
+    format!("/proc/self/fd/{number}").into()
 }
 
 fn failure(action: &'static str, path: &Path, error: &io::Error) -> IoError {

@@ -1,10 +1,9 @@
 //! One read or write of a tensor, from the call that asks for it to the wait that covers it.
 //!
-//! It is cut into [`Part`]s that travel by themselves; it is over when the last of them has answered, and a part that is
-//! dropped has. The first failure is kept until a wait tells it. Nothing here waits without a bound: whoever waits looks
-//! for signals in between.
+//! It is cut into [`Part`]s that travel by themselves, its validation being the last; it is over when all of them have
+//! answered, and a part that is dropped has. The first failure is kept for every wait that covers it. Nothing here waits
+//! without a bound: whoever waits looks for signals in between.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,11 +11,9 @@ use overspill_io::IoError;
 
 use super::order::Footprint;
 use crate::error::Error;
-use crate::tensor::Tensor;
 
 /// What was asked for, and what has come of it.
 pub(super) struct Operation {
-    path: PathBuf,
     pub(super) footprint: Footprint,
     state: Mutex<State>,
     over: Condvar,
@@ -26,20 +23,15 @@ struct State {
     /// Parts that have not answered.
     missing: usize,
     failure: Option<Arc<Error>>,
-    /// Kept for whoever compares it with the file once all is over.
-    to_validate: Option<Arc<Tensor>>,
+    /// Why what was read has not landed.
+    refusal: Option<Arc<Error>>,
 }
 
 impl Operation {
     /// An operation of `parts` parts, each of which is to be made by [`Operation::part`].
-    pub(super) fn new(
-        path: PathBuf,
-        footprint: Footprint,
-        parts: usize,
-        to_validate: Option<Arc<Tensor>>,
-    ) -> Arc<Self> {
-        let state = Mutex::new(State { missing: parts, failure: None, to_validate });
-        Arc::new(Self { path, footprint, state, over: Condvar::new() })
+    pub(super) fn new(footprint: Footprint, parts: usize) -> Arc<Self> {
+        let state = Mutex::new(State { missing: parts, failure: None, refusal: None });
+        Arc::new(Self { footprint, state, over: Condvar::new() })
     }
 
     pub(super) fn part(self: &Arc<Self>) -> Part {
@@ -72,15 +64,14 @@ impl Operation {
         true
     }
 
-    /// Once it is over: compares what moved with the file, if that was asked for.
-    pub(super) fn validate(&self) {
-        let Some(tensor) = self.lock().to_validate.take() else { return };
-        if self.has_failed() {
-            return;
-        }
-        if let Err(error) = super::file::compare(&self.path, self.footprint.file_range.start, &tensor) {
-            self.lock().failure = Some(Arc::new(error));
-        }
+    /// Once it is over: what it has read cannot be brought where it is to be.
+    pub(super) fn refuse(&self, refusal: Error) {
+        self.lock().refusal.get_or_insert_with(|| Arc::new(refusal));
+    }
+
+    /// Why what it has read is not where it is to be, though it was read.
+    pub(super) fn refusal(&self) -> Option<Arc<Error>> {
+        self.lock().refusal.clone()
     }
 
     fn answer(&self, answer: Result<(), Error>) {
@@ -108,6 +99,11 @@ impl Part {
         if let Some(operation) = self.0.take() {
             operation.answer(answer);
         }
+    }
+
+    /// Whether all other parts have answered.
+    pub(super) fn is_last(&self) -> bool {
+        self.0.as_ref().is_some_and(|operation| operation.lock().missing == 1)
     }
 
     /// Whether another part has failed, so that this one need not begin.

@@ -1,7 +1,8 @@
 //! Which operations of a handle wait for which (pure).
 //!
 //! Two operations that touch the same bytes of a file or of memory, one of them changing these, are carried out in the
-//! order of their calls; all others at the same time.
+//! order of their calls; all others at the same time. What is read by way of other memory reaches its own only when it
+//! lands: whatever else touches that memory begins after that, but for reads that land there, too, one after another.
 
 use std::ops::Range;
 
@@ -22,6 +23,8 @@ pub(super) struct Footprint {
     pub(super) file_range: Range<u64>,
     /// Addresses.
     pub(super) memory: Range<usize>,
+    /// Whether it changes the memory only when it lands.
+    pub(super) lands: bool,
 }
 
 impl Footprint {
@@ -30,8 +33,17 @@ impl Footprint {
         let reads_only = |direction| self.direction == direction && earlier.direction == direction;
         let same_file = self.file == earlier.file && overlap(&self.file_range, &earlier.file_range);
         // A write changes the file, a read the memory.
-        (same_file && !reads_only(Direction::Read))
-            || (overlap(&self.memory, &earlier.memory) && !reads_only(Direction::Write))
+        (same_file && !reads_only(Direction::Read)) || (self.meets(earlier) && !(self.lands && earlier.lands))
+    }
+
+    /// Whether one of the two changes memory of the other.
+    pub(super) fn meets(&self, other: &Footprint) -> bool {
+        self.changes(&other.memory) || other.changes(&self.memory)
+    }
+
+    /// Whether it changes any of this memory.
+    pub(super) fn changes(&self, memory: &Range<usize>) -> bool {
+        self.direction == Direction::Read && overlap(&self.memory, memory)
     }
 }
 

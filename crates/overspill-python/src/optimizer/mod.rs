@@ -20,7 +20,7 @@ use overspill_optim::Isa;
 use overspill_swap::{Durability, Profile, ServedVolume, VolumeSite};
 use pyo3::exceptions::PyRuntimeWarning;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyMapping};
+use pyo3::types::{PyDict, PyMapping, PyTuple};
 use serde_json::Value;
 
 use self::coefficients::Group;
@@ -179,8 +179,13 @@ impl Optimizer {
         self.with(py, Swapped::settle)
     }
 
-    fn fields(&self, py: Python<'_>, parameter: usize) -> PyResult<Vec<(&'static str, Vec<usize>)>> {
-        self.with(py, |swapped| swapped.fields(parameter))
+    fn fields<'py>(
+        &self,
+        py: Python<'py>,
+        parameter: usize,
+    ) -> PyResult<Vec<(&'static str, Bound<'py, PyTuple>)>> {
+        let fields = self.with(py, |swapped| swapped.fields(parameter))?;
+        fields.into_iter().map(|(name, shape)| Ok((name, PyTuple::new(py, shape)?))).collect()
     }
 
     fn is_new(&self, py: Python<'_>, parameter: usize) -> PyResult<bool> {

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from overspill._native import Optimizer as Native
 from overspill._native import norm
-from overspill.errors import ArgumentError, ForkError, StateError, UnsupportedError
+from overspill.errors import ForkError, StateError, UnsupportedError
 from overspill.optim.backward import InBackward
 from overspill.optim.hooks import GradientHooks
 from overspill.optim.interrupt import uninterrupted

@@ -1,0 +1,285 @@
+//! The books of a handle: what was asked for and is not yet told, who waits for it, and who counts it.
+//!
+//! ```text
+//! submit ──► prepare: open, cut ──► register: enter the books, queue ──► begin what moves from where it lies
+//!                                      │ ▲
+//!                                      ▼ │ once that has landed
+//!                                   something in the way has yet to land: settle
+//! ```
+//!
+//! An operation enters the books and the crew's queue under one lock, so both have the same order, and nothing waits for
+//! what is behind it. What lands needs Python, so nothing that would have to wait for it is ever queued: its caller waits.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use overspill_io::{Engine, EngineReport};
+use pyo3::prelude::*;
+
+use super::crew::{self, Crew, Job, Load, PIECE_BYTES, Step, Validation};
+use super::landing::Landing;
+use super::operation::Operation;
+use super::order::Footprint;
+use super::plan::{Route, Way};
+use super::{FAREWELL, GLANCE, Order, file};
+use crate::border::outside;
+use crate::error::Error;
+
+/// An engine, and what was asked of it.
+pub(super) struct Core {
+    engine: Engine,
+    crew: Crew,
+    books: Mutex<Vec<Entry>>,
+    waiters: AtomicU64,
+}
+
+struct Entry {
+    promise: Promise,
+    claim: Claim,
+    /// Whether whoever waits for it counts it.
+    counts: bool,
+}
+
+/// What a wait that covers an operation waits for.
+#[derive(Clone)]
+struct Promise {
+    operation: Arc<Operation>,
+    landing: Option<Arc<Landing>>,
+}
+
+/// A call that waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Waiter(u64);
+
+/// Who counts an operation, and takes it out of the books.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Claim {
+    /// The next wait.
+    Nobody,
+    /// A wait under way; others wait for it, too.
+    Wait(Waiter),
+    /// The call that asked for it, which nobody else's wait covers.
+    Caller(Waiter),
+}
+
+impl Entry {
+    fn is_of(&self, waiter: Waiter) -> bool {
+        matches!(self.claim, Claim::Wait(other) | Claim::Caller(other) if other == waiter)
+    }
+
+    /// Whether `later` must not even be queued before this one has landed.
+    fn holds_up(&self, later: &Self) -> bool {
+        let (ours, theirs) = (&self.promise.operation.footprint, &later.promise.operation.footprint);
+        // Both land for the waits that cover them, which do so in the order of the calls; a call covers only its own.
+        let is_in_turn = theirs.lands && !self.is_callers() && !later.is_callers();
+        let lands_ahead = self.promise.landing.as_ref().is_some_and(|landing| landing.is_ahead());
+        lands_ahead && !is_in_turn && theirs.meets(ours)
+    }
+
+    fn is_callers(&self) -> bool {
+        matches!(self.claim, Claim::Caller(_))
+    }
+}
+
+/// An operation that is not in the books yet.
+struct Prepared {
+    entry: Entry,
+    job: Job,
+}
+
+impl Core {
+    pub(super) fn new(engine: Engine, threads: usize) -> Self {
+        let crew = Crew::new(engine.clone(), threads);
+        Self { engine, crew, books: Mutex::new(Vec::new()), waiters: AtomicU64::new(0) }
+    }
+
+    /// What the engine works with.
+    pub(super) fn report(&self) -> EngineReport {
+        self.engine.report()
+    }
+
+    /// Opens the file and begins; what can be begun here and now is.
+    pub(super) fn submit(&self, py: Python<'_>, order: Order, claim: Claim, counts: bool) -> PyResult<()> {
+        let mut held_up = outside(py, || self.register(self.prepare(order, claim, counts)?))?;
+        while let Some(prepared) = held_up {
+            self.settle(py, &prepared.entry.promise.operation.footprint.memory)?;
+            held_up = outside(py, || self.register(prepared))?;
+        }
+        Ok(())
+    }
+
+    fn prepare(&self, order: Order, claim: Claim, counts: bool) -> Result<Prepared, Error> {
+        let Order { tensor, name, direction, offset, is_pinned, is_validated, landing } = order;
+        let bytes = tensor.len();
+        let end = offset.checked_add(bytes as u64).filter(|&end| i64::try_from(end).is_ok());
+        let end = end.ok_or_else(|| {
+            Error::Argument(format!(
+                "file_offset is {offset}, and no file has {bytes} bytes there: give a smaller one"
+            ))
+        })?;
+        let opened = file::open(&self.engine, &name, direction, is_validated)?;
+        let (address, alignment) = (tensor.address(), opened.file.alignment());
+        let pieces = Route { address, bytes, offset, alignment, is_pinned }.pieces(PIECE_BYTES);
+        if pieces.iter().any(|piece| piece.way == Way::Copied) {
+            self.crew.prepare_blocks()?;
+        }
+        let (landing, memory) = landing.unzip();
+        let footprint = Footprint {
+            direction,
+            file: opened.key,
+            file_range: offset..end,
+            memory: memory.unwrap_or(address..address + bytes),
+            lands: landing.is_some(),
+        };
+        let operation = Operation::new(footprint, pieces.len() + usize::from(is_validated));
+        let loads = pieces.into_iter().map(|piece| Load { piece, part: operation.part() }).collect();
+        let validation = opened.witness.map(|witness| {
+            let tensor = Arc::clone(&tensor);
+            Validation { witness, tensor, offset, part: operation.part() }
+        });
+        let step = Step { direction, tensor, file: opened.file, offset };
+        let job = Job { step, loads, after: Vec::new(), validation };
+        let promise = Promise { operation, landing: landing.map(Arc::new) };
+        Ok(Prepared { entry: Entry { promise, claim, counts }, job })
+    }
+
+    /// Enters an operation in the books and begins it, or gives it back if something that it must wait for is to land.
+    fn register(&self, prepared: Prepared) -> Result<Option<Prepared>, Error> {
+        let Prepared { entry, mut job } = prepared;
+        let mut books = self.books();
+        for earlier in books.iter() {
+            if earlier.holds_up(&entry) {
+                job.after.clear();
+                drop(books);
+                return Ok(Some(Prepared { entry, job }));
+            }
+            let operation = &earlier.promise.operation;
+            let footprint = &entry.promise.operation.footprint;
+            if footprint.conflicts_with(&operation.footprint) && !operation.is_over() {
+                job.after.push(Arc::clone(operation));
+            }
+        }
+        let step = job.step.clone();
+        let direct = if job.after.is_empty() { take_direct(&mut job) } else { VecDeque::new() };
+        if !job.loads.is_empty() || job.validation.is_some() {
+            self.crew.queue(job)?;
+        }
+        books.push(entry);
+        drop(books);
+        for load in direct {
+            crew::begin_direct(&self.engine, step.clone(), load, self.crew.bell());
+        }
+        Ok(None)
+    }
+
+    /// Waits for what `waiter` has asked for and, unless that is all, for what is pending; tells what came of it, and
+    /// counts what no other wait counts.
+    pub(super) fn wait(&self, py: Python<'_>, waiter: Waiter, covers_pending: bool) -> PyResult<usize> {
+        let (mut covered, mut count) = (Vec::new(), 0);
+        for entry in self.books().iter_mut() {
+            match entry.claim {
+                Claim::Caller(other) if other != waiter => continue,
+                Claim::Nobody | Claim::Wait(_) if !covers_pending => continue,
+                Claim::Nobody => entry.claim = Claim::Wait(waiter),
+                Claim::Wait(_) | Claim::Caller(_) => {}
+            }
+            count += usize::from(entry.counts && entry.is_of(waiter));
+            covered.push(entry.promise.clone());
+        }
+        if let Err(raised) = keep(py, &covered) {
+            let mut books = self.books();
+            let mine = books.iter_mut().filter(|entry| entry.is_of(waiter));
+            mine.for_each(|entry| entry.claim = Claim::Nobody);
+            return Err(raised);
+        }
+        drop(self.take_out(|entry| entry.is_of(waiter)));
+        match failure(&covered) {
+            Some(error) => Err(error.into()),
+            None => Ok(count),
+        }
+    }
+
+    /// Waits until nothing that was asked for is yet to change `memory`. What came of it is told by the wait that covers it.
+    pub(super) fn settle(&self, py: Python<'_>, memory: &Range<usize>) -> PyResult<()> {
+        let books = self.books();
+        let changing = books.iter().filter(|entry| entry.promise.operation.footprint.changes(memory));
+        let promises: Vec<_> = changing.map(|entry| entry.promise.clone()).collect();
+        drop(books);
+        keep(py, &promises)
+    }
+
+    pub(super) fn waiter(&self) -> Waiter {
+        Waiter(self.waiters.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Waits until everything is over or patience is, and stops the engine.
+    pub(super) fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let deadline = Instant::now() + FAREWELL;
+        let stopped = outside(py, || {
+            self.crew.close(deadline);
+            Ok::<_, Error>(self.engine.shutdown())
+        })?;
+        let unheard = self.take_out(|entry| matches!(entry.claim, Claim::Nobody));
+        let unheard: Vec<_> = unheard.into_iter().map(|entry| entry.promise).collect();
+        for promise in unheard.iter().filter(|promise| promise.operation.is_over()) {
+            promise.land(py)?;
+        }
+        match failure(&unheard) {
+            Some(error) => Err(error.into()),
+            None => stopped.map_err(|error| Error::from(error).into()),
+        }
+    }
+
+    /// Takes entries out of the books, to be dropped when nothing is locked.
+    fn take_out(&self, is_wanted: impl Fn(&Entry) -> bool) -> Vec<Entry> {
+        let mut books = self.books();
+        let (taken, rest) = std::mem::take(&mut *books).into_iter().partition(is_wanted);
+        *books = rest;
+        taken
+    }
+
+    fn books(&self) -> MutexGuard<'_, Vec<Entry>> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Promise {
+    /// Brings what was read where it is to be, if it is elsewhere.
+    fn land(&self, py: Python<'_>) -> PyResult<()> {
+        self.landing.as_ref().map_or(Ok(()), |landing| landing.land(py, &self.operation))
+    }
+}
+
+/// What the caller of a job begins itself.
+fn take_direct(job: &mut Job) -> VecDeque<Load> {
+    let loads = std::mem::take(&mut job.loads);
+    let (direct, copied) = loads.into_iter().partition(|load| load.piece.way == Way::Direct);
+    job.loads = copied;
+    direct
+}
+
+/// Waits until all are over, and what was read has landed, in the order of the calls; ends before for a signal.
+fn keep(py: Python<'_>, promises: &[Promise]) -> PyResult<()> {
+    while !outside(py, || Ok::<_, Error>(all_over(promises)))? {
+        py.check_signals()?;
+    }
+    promises.iter().try_for_each(|promise| promise.land(py))
+}
+
+/// Whether all are over; waits for a short while.
+fn all_over(promises: &[Promise]) -> bool {
+    let deadline = Instant::now() + GLANCE;
+    promises.iter().all(|promise| promise.operation.wait_until(deadline))
+}
+
+/// The first failure, and how many more there are. What the system refused comes before what a tensor did.
+fn failure(promises: &[Promise]) -> Option<Error> {
+    let operations = || promises.iter().map(|promise| &promise.operation);
+    let failures = operations().filter_map(|operation| operation.failure());
+    let mut failures = failures.chain(operations().filter_map(|operation| operation.refusal()));
+    let first = failures.next()?;
+    Some(Error::Several { first, more: failures.count() })
+}
