@@ -14,7 +14,7 @@ use super::gradient::{Means, TileGradient};
 use super::packing::Tile;
 use super::{OptimizerError, OptimizerSwapper};
 use crate::error::StoreError;
-use crate::pipeline::waiting;
+use crate::pipeline::{items_in_memory, waiting};
 use crate::slot::Slot;
 
 impl OptimizerSwapper {
@@ -40,22 +40,27 @@ impl OptimizerSwapper {
         self.flush_gradients()
     }
 
-    /// Starts loading the first tiles of the next pass, as many as the pipeline loads ahead: what to do while backward
-    /// computes.
+    /// Starts loading the first tiles of the next pass, as many as there are blocks for that no write needs any more: what to
+    /// do while backward computes. Nothing else uses the blocks of the pipeline between two passes.
     ///
     /// # Errors
     /// [`OptimizerError::Store`] when an earlier write of such a tile failed.
     pub fn prefetch(&mut self) -> Result<(), OptimizerError> {
         let _span = debug_span!("prefetch").entered();
         let block_bytes = self.plan.longest_tile();
-        let mut begun = 0;
+        let holds_block = |slot: &&Option<Slot>| {
+            slot.as_ref().is_some_and(|slot| matches!(slot, Slot::Storing(_)) && !slot.is_at_rest())
+        };
+        // A class of blocks may have other holders, who are to find theirs.
+        let mut held = self.slots.iter().filter(holds_block).count();
+        let own = items_in_memory(self.plan.depth);
         for slot in &mut self.slots {
-            if begun > self.plan.depth {
+            if held >= own {
                 break;
             }
             *slot = slot.take().map(|slot| slot.prefetch(&self.pool, block_bytes)).transpose()?;
             match slot {
-                Some(Slot::Loading(_)) => begun += 1,
+                Some(Slot::Loading(_)) => held += 1,
                 Some(Slot::Vacant(_) | Slot::Kept(_) | Slot::Saving(_)) => {}
                 // Those behind it would take the blocks that it needs.
                 Some(Slot::Swapped(_) | Slot::Storing(_)) | None => break,

@@ -8,6 +8,7 @@ use overspill_swap::optimizer::{
     OptimizerError, OptimizerPlan, OptimizerSwapper, ParameterSpec, PartView, PassError, PlanOptions,
     StateSize, is_swappable,
 };
+use overspill_swap::pipeline::items_in_memory;
 use overspill_swap::{Durability, Store, StoreError};
 use serde_json::json;
 use tempfile::TempDir;
@@ -300,6 +301,44 @@ fn parameters_without_a_gradient_keep_their_state_and_cost_nothing() {
     // Its own tiles, at most one neighbor on either side, and what was prefetched.
     let most = (40_000 * (STATE_BYTES + GRADIENT_BYTES) + 8 * TILE_BYTES) as u64;
     assert!(moved.0 - moved_before.0 < most && moved.1 - gradients_written.1 < most);
+}
+
+#[test]
+fn before_a_pass_the_pipelines_blocks_are_loaded_into_and_those_of_gradients_are_not() {
+    let spec = |i: usize| ParameterSpec {
+        name: format!("p{i}"),
+        numel: TILE_BYTES / GRADIENT_BYTES,
+        state: StateSize::per_element(GRADIENT_BYTES),
+        begins_tile: true,
+    };
+    let specs: Vec<_> = (0..20).map(spec).collect();
+    for depth in 0..4 {
+        let options = PlanOptions { kept_bytes_max: Some(0), ..options(0, depth) };
+        let plan = OptimizerPlan::new(&specs, &options).unwrap();
+        let own = items_in_memory(depth);
+        // A gradient's tile is as long as its state's, so both are of one class.
+        let classes = plan.classes();
+        assert!(matches!(&classes[..], [class] if class.count == 2 * own), "{classes:?}");
+        let pool = Pool::new(&classes).unwrap();
+        let engine = Engine::start(EngineConfig::default(), &pool).unwrap();
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let bytes = plan.storage_bytes(Durability::None);
+        let store = Store::create(&path(&folder), Durability::None, bytes, &engine).unwrap();
+        let mut swapper = OptimizerSwapper::create(&specs, plan, &store, &pool).unwrap();
+        swapper.edit(|_| true, |part| Ok::<_, String>(part.state.fill(7))).unwrap();
+        // Writes that are under way hold blocks, too.
+        swapper.prefetch().unwrap();
+        assert!(pool.leased_blocks() <= own);
+        swapper.settle().unwrap();
+        swapper.prefetch().unwrap();
+        swapper.prefetch().unwrap();
+        assert_eq!(pool.leased_blocks(), own);
+        let mut seen = 0;
+        swapper
+            .read(|_| true, |_, _, state| Ok::<_, String>(seen += state.iter().filter(|b| **b == 7).count()))
+            .unwrap();
+        assert_eq!(seen, 20 * TILE_BYTES);
+    }
 }
 
 #[test]

@@ -455,7 +455,9 @@ fn random_programs_on_a_failing_storage_lose_nothing_but_what_they_are_told_of()
             Trial { rig, numels: numels.clone(), working, committed: None, gradients, failures: 0 };
         whole += usize::from(trial.run(&mut random));
         failures += trial.failures;
-        let Trial { rig: Rig { swapper, pool, .. }, .. } = trial;
+        let Trial { rig: Rig { mut swapper, pool, .. }, .. } = trial;
+        // What is under way has its block until it has ended, however it ends.
+        drop(swapper.settle());
         drop(swapper);
         assert_eq!(pool.leased_blocks(), 0, "seed {seed}");
     }
