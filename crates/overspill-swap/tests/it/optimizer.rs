@@ -325,7 +325,11 @@ fn before_a_pass_the_pipelines_blocks_are_loaded_into_and_those_of_gradients_are
         let bytes = plan.storage_bytes(Durability::None);
         let store = Store::create(&path(&folder), Durability::None, bytes, &engine).unwrap();
         let mut swapper = OptimizerSwapper::create(&specs, plan, &store, &pool).unwrap();
-        swapper.edit(|_| true, |part| Ok::<_, String>(part.state.fill(7))).unwrap();
+        let fill = |part: PartView<'_>| {
+            part.state.fill(7);
+            Ok::<_, String>(())
+        };
+        swapper.edit(|_| true, fill).unwrap();
         // Writes that are under way hold blocks, too.
         swapper.prefetch().unwrap();
         assert!(pool.leased_blocks() <= own);
@@ -334,9 +338,11 @@ fn before_a_pass_the_pipelines_blocks_are_loaded_into_and_those_of_gradients_are
         swapper.prefetch().unwrap();
         assert_eq!(pool.leased_blocks(), own);
         let mut seen = 0;
-        swapper
-            .read(|_| true, |_, _, state| Ok::<_, String>(seen += state.iter().filter(|b| **b == 7).count()))
-            .unwrap();
+        let look = |_, _, state: &[u8]| {
+            seen += state.iter().filter(|byte| **byte == 7).count();
+            Ok::<_, String>(())
+        };
+        swapper.read(|_| true, look).unwrap();
         assert_eq!(seen, 20 * TILE_BYTES);
     }
 }
