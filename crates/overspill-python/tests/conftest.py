@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from support import BACKENDS
 
 # Two cores, and no test that waits for ever.
 torch.set_num_threads(2)
+# A shell starts what it leaves in the background deaf to this signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 TIMEOUT_SECONDS = 120
 
 

@@ -204,9 +204,13 @@ impl Core {
 
     /// Waits until nothing that was asked for is yet to change `memory`. What came of it is told by the wait that covers it.
     pub(super) fn settle(&self, py: Python<'_>, memory: &Range<usize>) -> PyResult<()> {
+        let changes = |entry: &Entry| entry.promise.operation.footprint.changes(memory);
         let books = self.books();
-        let changing = books.iter().filter(|entry| entry.promise.operation.footprint.changes(memory));
-        let promises: Vec<_> = changing.map(|entry| entry.promise.clone()).collect();
+        // What lands does so in the order of the calls: nothing may come down later on what has landed here.
+        let last = books.iter().rposition(changes).map_or(0, |last| last + 1);
+        let wanted =
+            books[..last].iter().filter(|entry| changes(entry) || entry.promise.operation.footprint.lands);
+        let promises: Vec<_> = wanted.map(|entry| entry.promise.clone()).collect();
         drop(books);
         keep(py, &promises)
     }
