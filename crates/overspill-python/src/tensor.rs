@@ -2,8 +2,9 @@
 //!
 //! A [`Tensor`] holds the storage that the Python object had when it was given, so the memory stays where it is, whatever
 //! Python drops or exchanges meanwhile. Address and length are those that torch itself says, whatever a subclass does, and
-//! lie within the storage. Resizing a storage that is in use is torch's own undefined behavior. Which thread may write to it when is torch's own rule, that nobody writes to a tensor that somebody else is using;
-//! whoever breaks it finds mixed bytes, as with torch's own kernels.
+//! lie within the storage. Resizing a storage that is in use is torch's own undefined behavior. Which thread may write to
+//! it when is torch's own rule, that nobody writes to a tensor that somebody else is using; whoever breaks it finds mixed
+//! bytes, as with torch's own kernels.
 
 #![expect(unsafe_code, reason = "makes slices of the memory that a tensor says it has")]
 
