@@ -72,13 +72,20 @@ def panel(curves, title, steps, top, height, dashed_zero=False):
     values = [value for curve in curves for value in curve]
     margin = 0.06 * (max(values) - min(values) or 1.0)
     low, high = min(values) - margin, max(values) + margin
-    x = lambda step: left + width * step / steps
-    y = lambda value: top + height * (high - value) / (high - low)
+
+    def x(step):
+        return left + width * step / steps
+
+    def y(value):
+        return top + height * (high - value) / (high - low)
+
     parts = [f'<text x="{left}" y="{top - 8}" font-weight="bold">{title}</text>']
     parts.append(f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#888"/>')
     for value in ticks(low, high):
         label = f"{value:.10g}" if value else "0"
-        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>')
+        parts.append(
+            f'<line x1="{left}" x2="{left + width}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>'
+        )
         parts.append(f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{label}</text>')
     for step in ticks(0, steps):
         parts.append(f'<text x="{x(step):.1f}" y="{top + height + 16}" text-anchor="middle">{step:g}</text>')
@@ -92,13 +99,19 @@ def svg(losses, steps):
     """Losses of all recipes, and what they differ by; means over seeds."""
     means = [smooth([mean(run[step] for run in runs) for step in range(steps)]) for runs in losses]
     differences = [[a - b for a, b in zip(curve, means[0])] for curve in means]
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 640" font-family="sans-serif" font-size="12">']
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 640" font-family="sans-serif" font-size="12">'
+    ]
     parts.append('<rect width="720" height="640" fill="white"/>')
-    parts += panel(means, f"loss (running mean of {SMOOTH} steps, mean of {len(losses[0])} seeds)", steps, 30, 270)
+    parts += panel(
+        means, f"loss (running mean of {SMOOTH} steps, mean of {len(losses[0])} seeds)", steps, 30, 270
+    )
     parts += panel(differences, f"loss above that of {name(RECIPES[0])}", steps, 360, 190)
     for index, (recipe, color) in enumerate(zip(RECIPES, COLORS)):
         x, y = 70 + 210 * (index % 3), 600 + 20 * (index // 3)
-        parts.append(f'<line x1="{x}" x2="{x + 24}" y1="{y - 4}" y2="{y - 4}" stroke="{color}" stroke-width="3"/>')
+        parts.append(
+            f'<line x1="{x}" x2="{x + 24}" y1="{y - 4}" y2="{y - 4}" stroke="{color}" stroke-width="3"/>'
+        )
         parts.append(f'<text x="{x + 30}" y="{y}">{name(recipe)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
@@ -144,7 +157,9 @@ def document(reports, options):
         f"{LAST} steps and of all seeds; its difference is that of runs of one seed, with the standard deviation over seeds."
     )
     if options.seeds > 1:
-        pairs = [[final(ours) - final(theirs) for ours, theirs in zip(of_seeds, runs[0])] for of_seeds in runs[1:]]
+        pairs = [
+            [final(ours) - final(theirs) for ours, theirs in zip(of_seeds, runs[0])] for of_seeds in runs[1:]
+        ]
         always = [name(recipe) for recipe, of_pairs in zip(RECIPES[1:], pairs) if min(of_pairs) > 0]
         explained += (
             f" Above single precision with every seed: {', '.join(always) or 'none'}. With {options.seeds} seeds, a mean "

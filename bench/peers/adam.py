@@ -20,7 +20,17 @@ BYTES = 28
 
 class Overspill:
     def __init__(self, command, parameters):
-        self.command = [command, "bench", "adam", "--parameters", str(parameters), "--pairs", "1", "--json", "-"]
+        self.command = [
+            command,
+            "bench",
+            "adam",
+            "--parameters",
+            str(parameters),
+            "--pairs",
+            "1",
+            "--json",
+            "-",
+        ]
 
     def gbps(self):
         run = subprocess.run(self.command, stdout=subprocess.PIPE, text=True, check=True)
@@ -50,7 +60,9 @@ def main():
     parser = argparse.ArgumentParser(prog="bench/peers/run adam", description=__doc__.split("\n")[0])
     parser.add_argument("--parameters", type=int, default=100_000_000, help="number of parameters")
     parser.add_argument("--pairs", type=int, default=7, help="how many times each side is measured, in turns")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()), help="threads of torch and DeepSpeed")
+    parser.add_argument(
+        "--threads", type=int, default=min(2, os.cpu_count()), help="threads of torch and DeepSpeed"
+    )
     parser.add_argument("--json", help="write the numbers to this file")
     parser.add_argument("--overspill", required=True, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -74,12 +86,14 @@ def main():
             measured = {first: first.gbps(), second: second.gbps()}
             rates.append((measured[ours], measured[theirs]))
         del theirs
-        cells.append({
-            "peer": name,
-            "gbps": statistics.median(rate for rate, _ in rates),
-            "peer_gbps": statistics.median(rate for _, rate in rates),
-            "ratio_to_peer": statistics.median(ours / theirs for ours, theirs in rates),
-        })
+        cells.append(
+            {
+                "peer": name,
+                "gbps": statistics.median(rate for rate, _ in rates),
+                "peer_gbps": statistics.median(rate for _, rate in rates),
+                "ratio_to_peer": statistics.median(ours / theirs for ours, theirs in rates),
+            }
+        )
 
     print(f"{'':32}{'overspill':>12}{'peer':>12}{'ratio':>8}")
     for cell in cells:

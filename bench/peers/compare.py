@@ -138,18 +138,24 @@ def split(memory, paths):
 
 def best_settings(overspill, memory):
     """For reads and for writes, the best of a grid; a setting counts with the better one of two runs."""
-    grid = [Settings(*point) for point in itertools.product((MIB, 8 * MIB), (32, 128), (False,), (True,), (1, 2))]
+    grid = [
+        Settings(*point) for point in itertools.product((MIB, 8 * MIB), (32, 128), (False,), (True,), (1, 2))
+    ]
     parts = split(memory, overspill.paths)
     best = {}
     for action in ACTIONS:
 
-        def rate(settings):
+        def rate(settings, action=action):
             handle = settings.handle()
             return max(move(handle, action, parts, overspill.paths) for _ in range(2))
 
         winner = max(grid, key=rate)
         block, depth, _, _, threads = winner.arguments
-        flags = [Settings(block, depth, single, overlap, threads) for single in (False, True) for overlap in (False, True)]
+        flags = [
+            Settings(block, depth, single, overlap, threads)
+            for single in (False, True)
+            for overlap in (False, True)
+        ]
         best[action] = max(flags, key=rate)
     return best
 

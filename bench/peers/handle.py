@@ -110,7 +110,9 @@ def main():
     parser.add_argument("--dir", default=".", help="existing directory on the disk to measure")
     parser.add_argument("--mib", type=int, default=1024, help="MiB of all files together, a multiple of 16")
     parser.add_argument("--pairs", type=int, default=5, help="how many times each side is measured, in turns")
-    parser.add_argument("--cells", nargs="*", default=[], help="parts of the names of cells, such as `read` `depth 32`")
+    parser.add_argument(
+        "--cells", nargs="*", default=[], help="parts of the names of cells, such as `read` `depth 32`"
+    )
     parser.add_argument("--json", help="write the numbers to this file")
     arguments = parser.parse_args()
     if arguments.mib < 16 or arguments.mib % 16 or arguments.pairs < 1:
@@ -135,7 +137,10 @@ def main():
     folder = tempfile.mkdtemp(prefix="overspill-peers-", dir=arguments.dir)
     found = []
     try:
-        paths = {name: [os.path.join(folder, f"{count}-{n}") for n in range(count)] for name, count in LAYOUTS.items()}
+        paths = {
+            name: [os.path.join(folder, f"{count}-{n}") for n in range(count)]
+            for name, count in LAYOUTS.items()
+        }
         # The files are there before anything is measured, and not all zeros.
         for files in paths.values():
             writer = Side(overspill.aio_handle, pinned[0])
@@ -157,7 +162,9 @@ def main():
     finally:
         shutil.rmtree(folder)
     worst = min(found, key=lambda cell: cell["ratio_to_deepspeed"])
-    print(f"{len(found)} cells, overspill over DeepSpeed; the least is {worst['ratio_to_deepspeed']:.2f}: {worst['name']}")
+    print(
+        f"{len(found)} cells, overspill over DeepSpeed; the least is {worst['ratio_to_deepspeed']:.2f}: {worst['name']}"
+    )
     report = {
         "cells": found,
         "bytes": size,

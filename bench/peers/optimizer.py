@@ -111,8 +111,12 @@ class Side:
         command = [sys.executable, __file__, *sys.argv[1:], "--serve", name, "--folder", self.folder]
         self.log = open(os.path.join(self.folder, "log"), "w+")
         self.process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.log, text=True,
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
         )
         self.parameters = self.answer()["parameters"]
         # The first step makes the state, and the second is the first to read it.

@@ -69,8 +69,12 @@ class DeepSpeed:
         command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder]
         self.log = open(os.path.join(folder, "log"), "w+")
         self.process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.log, text=True,
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
         )
         self.parameters = self.answer()["parameters"]
 
@@ -95,7 +99,17 @@ class DeepSpeed:
 
 class Overspill:
     def __init__(self, arguments, parameters):
-        self.command = [arguments.overspill, "bench", "step", "--dir", arguments.dir, "--pairs", "1", "--json", "-"]
+        self.command = [
+            arguments.overspill,
+            "bench",
+            "step",
+            "--dir",
+            arguments.dir,
+            "--pairs",
+            "1",
+            "--json",
+            "-",
+        ]
         self.command += ["--parameters", str(parameters)]
         self.parameters = parameters
 
@@ -103,7 +117,11 @@ class Overspill:
         run = subprocess.run(self.command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(run.stdout)
         bytes_moved = found["bytes_per_parameter_step"] * self.parameters
-        return {"seconds": found["step_seconds"], "bytes": bytes_moved, "planned": found["memory_planned_bytes"]}
+        return {
+            "seconds": found["step_seconds"],
+            "bytes": bytes_moved,
+            "planned": found["memory_planned_bytes"],
+        }
 
 
 def main():
@@ -157,7 +175,10 @@ def main():
     }
     print(f"{'':32}{'overspill':>12}{'DeepSpeed':>12}")
     print(f"{'step':32}{report['step_seconds']:>10.3f} s{report['deepspeed_step_seconds']:>10.3f} s")
-    moved_ours, moved_theirs = report["bytes_per_parameter_step"], report["deepspeed_bytes_per_parameter_step"]
+    moved_ours, moved_theirs = (
+        report["bytes_per_parameter_step"],
+        report["deepspeed_bytes_per_parameter_step"],
+    )
     print(f"{'bytes per parameter and step':32}{moved_ours:>12.1f}{moved_theirs:>12.1f}")
     print(f"{report['times_as_fast']:.2f} times as fast (median of {arguments.pairs} pairs)")
     if arguments.json:

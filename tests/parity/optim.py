@@ -49,7 +49,9 @@ class ExactMuon(torch.optim.Optimizer):
     """Muon as published, iterated in the type of the parameter instead of bf16."""
 
     def __init__(self, params, lr, weight_decay, momentum, nesterov, rule):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov})
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
+        )
         self.rule = rule
 
     @torch.no_grad()
@@ -67,7 +69,10 @@ class ExactMuon(torch.optim.Optimizer):
                     a = x @ x.T
                     x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
                 x = x.T if rows > columns else x
-                ratios = {"original": max(1, rows / columns) ** 0.5, "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5}
+                ratios = {
+                    "original": max(1, rows / columns) ** 0.5,
+                    "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
+                }
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(x * (group["lr"] * ratios[self.rule]))
 
@@ -85,21 +90,51 @@ def cases():
     adagrad, adafactor, muon = unfused(torch.optim.Adagrad), single(torch.optim.Adafactor), torch.optim.Muon
     vector = (ELEMENTS,)
     yield "adamw", adamw, {**ADAM, "weight_decay": 0.1}, vector, torch.float32
-    yield "adamw_plain", adamw, {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}, vector, torch.float32
+    yield (
+        "adamw_plain",
+        adamw,
+        {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+        vector,
+        torch.float32,
+    )
     yield "adamw_amsgrad", adamw, {**ADAM, "weight_decay": 0.1, "amsgrad": True}, vector, torch.float32
     yield "adam", adam, {**ADAM, "weight_decay": 0.1}, vector, torch.float32
     yield "adam_amsgrad", adam, {**ADAM, "weight_decay": 0.1, "amsgrad": True}, vector, torch.float32
     yield "sgd", sgd, {"lr": 0.1, "weight_decay": 0.01}, vector, torch.float32
-    yield "sgd_momentum", sgd, {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01}, vector, torch.float32
-    yield "sgd_nesterov", sgd, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, vector, torch.float32
-    options = {"lr": 0.1, "lr_decay": 0.05, "weight_decay": 0.01, "initial_accumulator_value": 0.1, "eps": 1e-10}
+    yield (
+        "sgd_momentum",
+        sgd,
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01},
+        vector,
+        torch.float32,
+    )
+    yield (
+        "sgd_nesterov",
+        sgd,
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+        vector,
+        torch.float32,
+    )
+    options = {
+        "lr": 0.1,
+        "lr_decay": 0.05,
+        "weight_decay": 0.01,
+        "initial_accumulator_value": 0.1,
+        "eps": 1e-10,
+    }
     yield "adagrad", adagrad, options, vector, torch.float32
     yield "lion", Lion, {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}, vector, torch.float32
     yield "adamw_late", adamw, {**ADAM, "weight_decay": 0.1, "late": 10**6}, vector, torch.float32
     yield "adamw_still", adamw, {**ADAM, "lr": 0.0, "weight_decay": 0.1}, vector, torch.float32
     wild = {"lr": 0.5, "betas": (0.0, 0.0), "eps": 1e-3, "weight_decay": 10.0}
     yield "adamw_wild", adamw, wild, vector, torch.float32
-    yield "adam_late", adam, {**ADAM, "betas": (0.999, 0.9999999), "weight_decay": 3.0, "late": 40}, vector, torch.float32
+    yield (
+        "adam_late",
+        adam,
+        {**ADAM, "betas": (0.999, 0.9999999), "weight_decay": 3.0, "late": 40},
+        vector,
+        torch.float32,
+    )
     yield "adagrad_late", adagrad, {**options, "late": 10**6}, vector, torch.float32
     wild = {"lr": 3.0, "momentum": 0.999, "dampening": 0.5, "weight_decay": 2.0}
     yield "sgd_wild", sgd, wild, vector, torch.float32
@@ -147,7 +182,11 @@ def main() -> None:
         optimizer = make([parameter], **{k: v for k, v in options.items() if k != "late"})
         steps = []
         for number in range(STEPS):
-            grad = values(shape, generator, edges) if edges else torch.randn(shape, generator=generator) * 10.0**-number
+            grad = (
+                values(shape, generator, edges)
+                if edges
+                else torch.randn(shape, generator=generator) * 10.0**-number
+            )
             state = optimizer.state[parameter]
             if late and number > 0:
                 state["step"].fill_(number + late)
@@ -155,7 +194,10 @@ def main() -> None:
             with torch.no_grad():
                 for tensor in [parameter, *(x for x in state.values() if torch.is_tensor(x))]:
                     tensor.copy_(tensor.float())
-            moments = lambda: [(k, v) for k, v in state.items() if torch.is_tensor(v) and k != "step"]  # noqa: E731
+
+            def moments(state=state):
+                return [(k, v) for k, v in state.items() if torch.is_tensor(v) and k != "step"]
+
             tensors = [keep("param", parameter.float()), keep("grad", grad)]
             tensors += [keep(k, v.float()) for k, v in moments()]
             parameter.grad = grad.to(dtype)

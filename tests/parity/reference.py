@@ -1,10 +1,10 @@
 """The reference that overspill's arithmetic is compared with: `transformers` and `torch`, in fp32 on the CPU.
 
-    reference.py make DIR [--tied] [--llama3]   writes a small random Llama with a tokenizer to DIR, and to
-                                                DIR/reference.json the logits of a batch and the losses of ten
-                                                AdamW steps
-    reference.py load DIR                       loads a folder as a user would, and prints as JSON the logits of
-                                                the text on standard input and its token ids
+reference.py make DIR [--tied] [--llama3]   writes a small random Llama with a tokenizer to DIR, and to
+                                            DIR/reference.json the logits of a batch and the losses of ten
+                                            AdamW steps
+reference.py load DIR                       loads a folder as a user would, and prints as JSON the logits of
+                                            the text on standard input and its token ids
 """
 
 import argparse
@@ -14,7 +14,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB, BATCH, SEQ, ACCUMULATE, STEPS = 300, 2, 24, 2, 10
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-3, 0.1, (0.9, 0.95), 0.5
