@@ -36,7 +36,7 @@ pub(crate) enum Error {
     ThreadsForked { owner: u32, current: u32 },
     #[error("a bug in overspill, please report it: {0}")]
     Panic(String),
-    /// What a signal handler raised.
+    /// What a signal handler raised, or somebody's code that was called.
     #[error("{0}")]
     Interrupted(PyErr),
     /// What is stored is not what was written.

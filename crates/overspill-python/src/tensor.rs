@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use overspill_io::Block;
 use overspill_optim::{Gradient, Weights};
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
@@ -74,7 +75,11 @@ impl Tensor {
             );
         }
         let without_memory = || Error::Unsupported("the tensor has no memory of its own".into());
-        let storage = torch.call("untyped_storage", object)?;
+        // That of a tensor within a transform of torch.func, say, nobody can have.
+        let storage = torch.call("untyped_storage", object).map_err(|error| {
+            let is_refused = error.is_instance_of::<PyRuntimeError>(py);
+            if is_refused { without_memory().into() } else { error }
+        })?;
         let start: usize = storage.call_method0("data_ptr").map_err(|_| without_memory())?.extract()?;
         let element_bytes: usize = torch.call("element_size", object)?.extract()?;
         let offset: usize = torch.call("storage_offset", object)?.extract()?;

@@ -177,7 +177,8 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         """``pwrite(buffer, filename, validate, async, file_offset=0)``: writes ``buffer`` to a file.
 
         A file that does not exist is made, readable and writable by its owner; one that exists keeps what is around the
-        bytes that are written. Nothing is flushed: that is ``os.fsync``'s.
+        bytes that are written, whichever handles of the process write there at the same time. Another process must not
+        meanwhile, unless both write whole blocks of 4096 bytes. Nothing is flushed: that is ``os.fsync``'s.
 
         Args:
             buffer: any tensor.
@@ -271,6 +272,7 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         """
         if _is_moved_in_place(_tensor(buffer)):
             return buffer, file, write, offset, bool(validate), None
+        _check_extent(buffer)
         reach = _reach(buffer)
         if write:
             # What is copied now must have arrived.
@@ -284,6 +286,9 @@ class aio_handle:  # noqa: N801 - DeepSpeed's name
         self._native.submit(order)
         return 0
 
+
+# What these say is more than what their memory has.
+_QUANTIZED = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 
 # The reasons for worse backends that were told.
 _warned: set[str] = set()
@@ -302,6 +307,8 @@ def pinned_tensor(num_elem: int, dtype: torch.dtype) -> torch.Tensor:
         raise ArgumentError(
             f"num_elem is of type {type(num_elem).__name__}, but must be a whole number"
         ) from None
+    if dtype in _QUANTIZED:
+        raise UnsupportedError(f"memory alone makes no tensor of {dtype}: pin one of torch.uint8")
     if num_elem < 0:
         raise ArgumentError("num_elem is negative: give the number of elements")
     if num_elem * dtype.itemsize >= 1 << 63:
@@ -360,8 +367,21 @@ def _is_moved_in_place(buffer: torch.Tensor) -> bool:
 
 
 def _packed(buffer: torch.Tensor) -> torch.Tensor:
-    """The elements one behind the other in the CPU's memory, as they are now."""
-    return buffer.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+    """The elements one behind the other in the CPU's memory, as they are now.
+
+    Raises:
+        MemoryBudgetError: the system has not as much memory.
+        UnsupportedError: torch cannot do it.
+    """
+    try:
+        return buffer.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+    except RuntimeError as error:
+        told = str(error).partition("\n")[0]
+        if "alloc" in told or "memory" in told:
+            raise MemoryBudgetError(
+                f"no memory to copy the tensor of {buffer.nbytes} bytes to: {told}"
+            ) from error
+        raise UnsupportedError(f"the tensor cannot be copied: {told}") from error
 
 
 def _host(buffer: torch.Tensor) -> torch.Tensor:
@@ -370,6 +390,10 @@ def _host(buffer: torch.Tensor) -> torch.Tensor:
     Raises:
         UnsupportedError: it cannot.
     """
+    if buffer.is_quantized:
+        raise UnsupportedError(
+            "a quantized tensor can be read into where it has no gaps: call .contiguous() first"
+        )
     if buffer.is_nested:
         raise UnsupportedError(
             "a nested tensor can be read into where it has no gaps: call .contiguous() first"
@@ -380,6 +404,26 @@ def _host(buffer: torch.Tensor) -> torch.Tensor:
             "example torch.empty(tensor.shape, dtype=tensor.dtype)"
         )
     return pinned_tensor(buffer.numel(), buffer.dtype).view(buffer.shape)
+
+
+def _check_extent(buffer: torch.Tensor) -> None:
+    """Refuses what says that it has more memory than there is; torch would read and write beyond it.
+
+    Raises:
+        UnsupportedError: says how much.
+    """
+    if buffer.device.type != "cpu" or buffer.is_nested or not buffer.numel():
+        return
+    last = sum((size - 1) * stride for size, stride in zip(buffer.shape, buffer.stride()))
+    needed = (buffer.storage_offset() + last + 1) * buffer.element_size()
+    try:
+        has = buffer.untyped_storage().nbytes()
+    except RuntimeError as error:
+        raise UnsupportedError("the tensor has no memory of its own") from error
+    if needed > has:
+        raise UnsupportedError(
+            f"the tensor needs {needed} bytes of its storage, which has {has}: it was resized"
+        )
 
 
 def _reach(buffer: torch.Tensor) -> tuple[int, int]:

@@ -7,8 +7,8 @@
 //!                                   something in the way has yet to land: settle
 //! ```
 //!
-//! An operation enters the books and the crew's queue under one lock, so both have the same order, and nothing waits for
-//! what is behind it. What lands needs Python, so nothing that would have to wait for it is ever queued: its caller waits.
+//! An operation enters the books, the crew's queue and, beside those of other handles, its file's traffic under one lock, so
+//! all have the same order, and nothing waits for what is behind it. What lands needs Python, so nothing that would have to wait for it is ever queued: its caller waits.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -16,11 +16,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use overspill_io::{Engine, EngineReport};
+use overspill_io::{Direction, Engine, EngineReport};
 use pyo3::prelude::*;
 
 use super::crew::{self, Crew, Job, Load, PIECE_BYTES, Step, Validation};
 use super::landing::Landing;
+use super::neighbors::{Entrance, HandleId};
 use super::operation::Operation;
 use super::order::Footprint;
 use super::plan::{Route, Way};
@@ -30,6 +31,7 @@ use crate::error::Error;
 
 /// An engine, and what was asked of it.
 pub(super) struct Core {
+    id: HandleId,
     engine: Engine,
     crew: Crew,
     books: Mutex<Vec<Entry>>,
@@ -90,10 +92,19 @@ struct Prepared {
     job: Job,
 }
 
+/// What became of it.
+enum Registered {
+    /// It is in the books; these pieces of it, its caller begins.
+    Entered(Step, VecDeque<Load>),
+    /// Something that it must wait for is to land.
+    HeldUp(Prepared),
+}
+
 impl Core {
     pub(super) fn new(engine: Engine, threads: usize) -> Self {
         let crew = Crew::new(engine.clone(), threads);
-        Self { engine, crew, books: Mutex::new(Vec::new()), waiters: AtomicU64::new(0) }
+        let (id, books) = (HandleId::next(), Mutex::new(Vec::new()));
+        Self { id, engine, crew, books, waiters: AtomicU64::new(0) }
     }
 
     /// What the engine works with.
@@ -103,12 +114,23 @@ impl Core {
 
     /// Opens the file and begins; what can be begun here and now is.
     pub(super) fn submit(&self, py: Python<'_>, order: Order, claim: Claim, counts: bool) -> PyResult<()> {
-        let mut held_up = outside(py, || self.register(self.prepare(order, claim, counts)?))?;
-        while let Some(prepared) = held_up {
-            self.settle(py, &prepared.entry.promise.operation.footprint.memory)?;
-            held_up = outside(py, || self.register(prepared))?;
+        let mut prepared = outside(py, || self.prepare(order, claim, counts))?;
+        loop {
+            match self.register(prepared)? {
+                Registered::Entered(step, direct) => {
+                    return outside(py, || {
+                        let begin =
+                            |load| crew::begin_direct(&self.engine, step.clone(), load, self.crew.bell());
+                        direct.into_iter().for_each(begin);
+                        Ok::<_, Error>(())
+                    });
+                }
+                Registered::HeldUp(again) => {
+                    self.settle(py, &again.entry.promise.operation.footprint.memory)?;
+                    prepared = again;
+                }
+            }
         }
-        Ok(())
     }
 
     fn prepare(&self, order: Order, claim: Claim, counts: bool) -> Result<Prepared, Error> {
@@ -127,10 +149,12 @@ impl Core {
             self.crew.prepare_blocks()?;
         }
         let (landing, memory) = landing.unzip();
+        let is_aligned = [offset, end].iter().all(|end| end.is_multiple_of(alignment as u64));
         let footprint = Footprint {
             direction,
             file: opened.key,
             file_range: offset..end,
+            is_odd: direction == Direction::Write && !is_aligned,
             memory: memory.unwrap_or(address..address + bytes),
             lands: landing.is_some(),
         };
@@ -146,33 +170,36 @@ impl Core {
         Ok(Prepared { entry: Entry { promise, claim, counts }, job })
     }
 
-    /// Enters an operation in the books and begins it, or gives it back if something that it must wait for is to land.
-    fn register(&self, prepared: Prepared) -> Result<Option<Prepared>, Error> {
+    /// Enters an operation in the books and the queue, unless something that it must wait for is to land. With the GIL, so
+    /// that a fork finds the locks free.
+    fn register(&self, prepared: Prepared) -> Result<Registered, Error> {
         let Prepared { entry, mut job } = prepared;
+        let operation = Arc::clone(&entry.promise.operation);
         let mut books = self.books();
-        for earlier in books.iter() {
-            if earlier.holds_up(&entry) {
-                job.after.clear();
-                drop(books);
-                return Ok(Some(Prepared { entry, job }));
-            }
-            let operation = &earlier.promise.operation;
-            let footprint = &entry.promise.operation.footprint;
-            if footprint.conflicts_with(&operation.footprint) && !operation.is_over() {
-                job.after.push(Arc::clone(operation));
-            }
+        if books.iter().any(|earlier| earlier.holds_up(&entry)) {
+            drop(books);
+            return Ok(Registered::HeldUp(Prepared { entry, job }));
+        }
+        let earlier = books.iter().map(|earlier| &earlier.promise.operation);
+        let conflicts = |earlier: &&Arc<Operation>| operation.footprint.conflicts_with(&earlier.footprint);
+        job.after = earlier.filter(conflicts).filter(|earlier| !earlier.is_over()).cloned().collect();
+        let entrance = Entrance::open();
+        for other in entrance.ahead_of(&operation, self.id) {
+            let bell = self.crew.bell();
+            other.watch(move || bell.ring());
+            job.after.push(other);
         }
         let step = job.step.clone();
         let direct = if job.after.is_empty() { take_direct(&mut job) } else { VecDeque::new() };
-        if !job.loads.is_empty() || job.validation.is_some() {
-            self.crew.queue(job)?;
+        let is_queued = !job.loads.is_empty() || job.validation.is_some();
+        if let Some(Err(nobody)) = is_queued.then(|| self.crew.queue(job)) {
+            // What this drops may run Python.
+            drop((entrance, books));
+            return Err(nobody);
         }
+        entrance.enter(&operation, self.id);
         books.push(entry);
-        drop(books);
-        for load in direct {
-            crew::begin_direct(&self.engine, step.clone(), load, self.crew.bell());
-        }
-        Ok(None)
+        Ok(Registered::Entered(step, direct))
     }
 
     /// Waits for what `waiter` has asked for and, unless that is all, for what is pending; tells what came of it, and

@@ -106,7 +106,13 @@ struct State {
 enum Task {
     CopyOut(Landed),
     Validate(Validation),
-    Begin { step: Step, load: Load, block: Option<Block> },
+    Begin {
+        step: Step,
+        load: Load,
+        block: Option<Block>,
+    },
+    /// Another part of its operation has failed.
+    Skip(Part),
     End,
 }
 
@@ -232,6 +238,10 @@ impl Desk {
                     None => begin_direct(engine, step, load, self.bell()),
                     Some(block) => self.begin_copied(engine, step, load, block),
                 },
+                Task::Skip(part) => {
+                    part.answer(Ok(()));
+                    self.bell().ring();
+                }
                 Task::End => return,
             }
         }
@@ -320,8 +330,8 @@ impl State {
                 continue;
             };
             if load.part.is_pointless() {
-                load.part.answer(Ok(()));
-                continue;
+                // Not here: what waits for the operation is called, other handles' workers, too.
+                return Some(Task::Skip(load.part));
             }
             let block = match load.piece.way {
                 Way::Direct => None,

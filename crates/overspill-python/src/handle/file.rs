@@ -14,7 +14,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use overspill_io::{Direction, Engine, IoError};
-use pyo3::exceptions::PyUnicodeError;
+use pyo3::exceptions::{PyTypeError, PyUnicodeError};
 use pyo3::prelude::*;
 use pyo3::types::PyBool;
 
@@ -34,19 +34,23 @@ impl Name {
     /// What Python means by `file`: a path of any kind that `os` knows, or a number.
     ///
     /// # Errors
-    /// [`Error::Argument`] for what cannot be the name of a file.
+    /// [`Error::Argument`] for what cannot be the name of a file; whatever else Python raises meanwhile.
     pub(super) fn of(file: &Bound<'_, PyAny>) -> Result<Self, Error> {
         let refused = |reason: &str| Error::Argument(format!("{} is no file: {reason}", shown(file)));
-        let is_number = !file.is_instance_of::<PyBool>() && file.hasattr("__index__").unwrap_or(false);
+        let is_number =
+            !file.is_instance_of::<PyBool>() && file.hasattr("__index__").map_err(Error::Interrupted)?;
         if is_number {
             return whole("the descriptor", file, 0..=i32::MAX).map(Self::Descriptor);
         }
         let encoded = file.py().import("os").and_then(|os| os.call_method1("fsencode", (file,)));
-        let path: Vec<u8> = encoded.and_then(|path| path.extract()).map_err(|error| match error
-            .is_instance_of::<PyUnicodeError>(file.py())
-        {
-            true => refused("no file system has such characters"),
-            false => refused("give its path, or its descriptor"),
+        let path: Vec<u8> = encoded.and_then(|path| path.extract()).map_err(|error| {
+            if error.is_instance_of::<PyUnicodeError>(file.py()) {
+                refused("no file system has such characters")
+            } else if error.is_instance_of::<PyTypeError>(file.py()) {
+                refused("give its path, or its descriptor")
+            } else {
+                Error::Interrupted(error)
+            }
         })?;
         if path.is_empty() || path.contains(&0) {
             return Err(refused("its path must have characters, and none of them be NUL"));

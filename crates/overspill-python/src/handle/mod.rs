@@ -10,7 +10,7 @@
 //! returns when all of them are over, what is to be validated is, and what was read elsewhere has landed; it counts those
 //! that no other wait counts, and tells the first failure of what it covers. A synchronous call does the same with its own
 //! operation as the last. Operations that touch the same bytes are carried out in the order of their calls ([`order`]); all
-//! others at the same time.
+//! others at the same time. Handles know of each other where they have to ([`neighbors`]).
 //!
 //! A wait that Python interrupts gives back what it was to count, for the next one. A handle that goes finishes what is
 //! pending, in bounded time.
@@ -21,6 +21,7 @@ mod core;
 mod crew;
 mod file;
 mod landing;
+mod neighbors;
 mod operation;
 mod order;
 pub(crate) mod pinned;

@@ -2,7 +2,7 @@
 //!
 //! It is cut into [`Part`]s that travel by themselves, its validation being the last; it is over when all of them have
 //! answered, and a part that is dropped has. The first failure is kept for every wait that covers it. Nothing here waits
-//! without a bound: whoever waits looks for signals in between.
+//! without a bound: whoever waits looks for signals in between, or is called when it is over.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,7 +19,10 @@ pub(super) struct Operation {
     over: Condvar,
 }
 
+type Watcher = Box<dyn FnOnce() + Send>;
+
 struct State {
+    watchers: Vec<Watcher>,
     /// Parts that have not answered.
     missing: usize,
     failure: Option<Arc<Error>>,
@@ -30,7 +33,7 @@ struct State {
 impl Operation {
     /// An operation of `parts` parts, each of which is to be made by [`Operation::part`].
     pub(super) fn new(footprint: Footprint, parts: usize) -> Arc<Self> {
-        let state = Mutex::new(State { missing: parts, failure: None, refusal: None });
+        let state = Mutex::new(State { watchers: Vec::new(), missing: parts, failure: None, refusal: None });
         Arc::new(Self { footprint, state, over: Condvar::new() })
     }
 
@@ -64,6 +67,14 @@ impl Operation {
         true
     }
 
+    /// Calls `watcher` when it is over, with nothing locked here, unless it is over already.
+    pub(super) fn watch(&self, watcher: impl FnOnce() + Send + 'static) {
+        let mut state = self.lock();
+        if state.missing > 0 {
+            state.watchers.push(Box::new(watcher));
+        }
+    }
+
     /// Once it is over: what it has read cannot be brought where it is to be.
     pub(super) fn refuse(&self, refusal: Error) {
         self.lock().refusal.get_or_insert_with(|| Arc::new(refusal));
@@ -81,8 +92,10 @@ impl Operation {
         }
         state.missing -= 1;
         if state.missing == 0 {
+            let watchers = std::mem::take(&mut state.watchers);
             drop(state);
             self.over.notify_all();
+            watchers.into_iter().for_each(|watcher| watcher());
         }
     }
 

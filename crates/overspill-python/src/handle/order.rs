@@ -9,7 +9,7 @@ use std::ops::Range;
 use overspill_io::Direction;
 
 /// Which file it is, whatever the path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct FileKey {
     pub(super) device: u64,
     pub(super) inode: u64,
@@ -21,6 +21,8 @@ pub(super) struct Footprint {
     pub(super) direction: Direction,
     pub(super) file: FileKey,
     pub(super) file_range: Range<u64>,
+    /// Whether it is a write that begins or ends within a sector.
+    pub(super) is_odd: bool,
     /// Addresses.
     pub(super) memory: Range<usize>,
     /// Whether it changes the memory only when it lands.
