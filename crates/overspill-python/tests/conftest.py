@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 
 import pytest
@@ -36,10 +37,19 @@ def any_handle():
     return overspill.aio_handle()
 
 
+@pytest.fixture(scope="session")
+def terminal(request):
+    """Standard error as it was before pytest began to keep it: what is kept is lost when the process ends at once."""
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        duplicate = os.dup(2)
+    with open(duplicate, "w") as file:
+        yield file
+
+
 @pytest.fixture(autouse=True)
-def watchdog():
+def watchdog(terminal):
     """A test that hangs says where, and ends the run."""
-    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True, file=terminal)
     yield
     faulthandler.cancel_dump_traceback_later()
 

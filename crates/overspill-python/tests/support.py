@@ -69,6 +69,14 @@ def assert_same(ours, theirs):
         assert torch.equal(a.detach(), b.detach()), f"{index}: {ulps(a, b)} units in the last place apart"
 
 
+def assert_same_states(ours, theirs):
+    """What two `state_dict()` have, bit by bit."""
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, own in theirs["state"].items():
+        assert all(torch.equal(ours["state"][number][name], x) for name, x in own.items())
+
+
 def ulps(a, b):
     """How many fp32 numbers two tensors are apart at most."""
 

@@ -4,59 +4,19 @@ from __future__ import annotations
 
 import copy
 import errno
-import inspect
 import math
 import os
 import pickle
 import types
 import warnings
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import overspill
 from overspill import __main__, errors
 from overspill.errors import ArgumentError, MemoryBudgetError, OverspillError, StateError, UnsupportedError
-from overspill.optim.options import SwapOptions
-from support import SMALL, assert_same, pair, parameters, set_gradients
-
-CLASSES = ["AdamW", "Adam", "SGD", "Adagrad", "Lion", "Adafactor", "Muon"]
-
-
-class Nameless:
-    """What has no text."""
-
-    def __repr__(self):
-        raise RuntimeError("there is none")
-
-
-with warnings.catch_warnings():
-    # Torch warns of these themselves.
-    warnings.simplefilter("ignore")
-    NESTED = torch.nested.nested_tensor([torch.ones(5)] * 4)
-
-ABSURD = [
-    *(None, True, -1, 0, 3, 1 << 62, 1 << 64, 10**5000, 1.5, -0.5, 1e300, math.nan, math.inf, 1j),
-    *("", "x", "1GiB", "-1GiB", "9" * 400, "\0", "\ud800", "a\tb", b"", b"x", bytearray(b"1")),
-    *([], [[]], [0.5], [0.9, 0.9], (0.5,) * 3, (None, 0.1), ("a", "b"), {}, {"a": 1}, {1}, range(3)),
-    *(
-        object(),
-        Nameless(),
-        print,
-        int,
-        Path("/dev/null"),
-        Path("/dev/null/x"),
-        "/proc/none/there",
-    ),
-    *(numpy.ones(3), numpy.float32(0.5), numpy.bool_(True), torch.ones(2), torch.tensor([0.25])),
-    *(torch.ones(4, 5, dtype=torch.int8), torch.ones(4, 5).to_sparse(), torch.ones(4, 5, device="meta")),
-    *(torch.ones(4, 5, dtype=torch.complex64), NESTED),
-]
-"""Values of every kind, of which an option has one at most."""
+from support import SMALL, assert_same, assert_same_states, pair, parameters, set_gradients
 
 
 def test_what_cannot_be_updated_is_refused(swap_dir):
@@ -195,112 +155,6 @@ def test_options_that_were_changed_are_looked_at_by_the_next_step(name, option, 
     assert not torch.equal(ours[0], before[0])
 
 
-def options_of(name):
-    """The options of a class, and one that there is not."""
-    signature = inspect.signature(getattr(overspill, name)).parameters
-    return [*(set(signature) - {"params", "swap"}), *SwapOptions.__annotations__, "nonsense"]
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """Relative paths are those of a directory of the test."""
-    monkeypatch.chdir(tmp_path)
-
-
-def told_well(call):
-    """Calls; whether it was refused, which is done in one line, by an exception of the package."""
-    try:
-        call()
-    except OverspillError as error:
-        assert len(str(error).splitlines()) == 1, str(error)
-        return True
-    return False
-
-
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
-@given(name=st.sampled_from(CLASSES), value=st.sampled_from(ABSURD), data=st.data())
-def test_any_value_of_any_option_is_taken_or_refused_in_one_line(
-    name, value, data, tmp_path_factory, elsewhere
-):
-    option = data.draw(st.sampled_from(sorted(options_of(name))))
-    (p,) = parameters([(4, 5)])
-    p.grad = torch.ones(4, 5)
-    options = {"swap_dir": tmp_path_factory.mktemp("absurd") / "swap", **SMALL, option: value}
-    made = []
-
-    def use():
-        made.append(getattr(overspill, name)([p], **options))
-        made[0].step()
-        made[0].state_dict()
-        made[0].commit(value)
-        made[0].snapshot(value)
-
-    told_well(use)
-    for optimizer in made:
-        optimizer.param_groups[0][option] = value
-        told_well(optimizer.step)
-        optimizer.close()
-    if option != "swap_dir":
-        told_well(lambda: getattr(overspill, name).resume([p], **options).close())
-
-
-ABSENT = object()
-"""In the place of a value: there is none."""
-
-
-@pytest.fixture(scope="module", params=["AdamW", "Adafactor"])
-def stepped(request, tmp_path_factory):
-    """An optimizer with a state, and the state."""
-    model = [*parameters([(4, 5)]), *parameters([(4, 5)], dtype=torch.bfloat16)]
-    place = tmp_path_factory.mktemp("stepped") / "swap"
-    optimizer = getattr(overspill, request.param)(model, swap_dir=place, **SMALL)
-    set_gradients(0, model)
-    optimizer.step()
-    yield optimizer, copy.deepcopy(optimizer.state_dict())
-    optimizer.close()
-
-
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
-@given(value=st.sampled_from([*ABSURD, ABSENT]), data=st.data())
-def test_any_state_is_taken_or_refused_in_one_line_and_changes_nothing_then(value, data, stepped):
-    optimizer, good = stepped
-    state = {
-        "state": {number: dict(own) for number, own in good["state"].items()},
-        "param_groups": [{**group, "params": list(group["params"])} for group in good["param_groups"]],
-    }
-    at, key = state, data.draw(st.sampled_from(["state", "param_groups"]))
-    while isinstance(at[key], (dict, list)) and at[key] and data.draw(st.integers(0, 3)):
-        at = at[key]
-        key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
-    if value is ABSENT:
-        del at[key]
-    else:
-        at[key] = value
-    if told_well(lambda: optimizer.load_state_dict(state)):
-        assert_same_states(optimizer.state_dict(), good)
-    else:
-        told_well(optimizer.step)
-        optimizer.load_state_dict(good)
-    parameter = optimizer.param_groups[0]["params"][0]
-    told_well(lambda: optimizer.set_state(parameter, value))
-    optimizer.load_state_dict(good)
-    for call in (
-        optimizer.load_state_dict,
-        optimizer.get_state,
-        optimizer.purge,
-        optimizer.snapshot,
-        optimizer.delete_snapshot,
-    ):
-        told_well(lambda call=call: call(value))
-
-
-def assert_same_states(ours, theirs):
-    assert ours["param_groups"] == theirs["param_groups"]
-    assert ours["state"].keys() == theirs["state"].keys()
-    for number, own in theirs["state"].items():
-        assert all(torch.equal(ours["state"][number][name], x) for name, x in own.items())
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -371,7 +225,9 @@ def test_the_system_is_quoted_with_its_number(tmp_path):
     (p,) = parameters([(3,)])
     p.grad = torch.ones(3)
     for swap_dir, number in ((blocked / "below" / "swap", 20), (tmp_path / ("x" * 300), 36)):
-        with pytest.raises(errors.StorageError) as told:
+        with warnings.catch_warnings(), pytest.raises(errors.StorageError) as told:
+            # Nothing is said before: the error is what there is to say.
+            warnings.simplefilter("error")
             overspill.AdamW([p], swap_dir=swap_dir, **SMALL).step()
         assert told.value.errno == number and told.value.filename
     assert os.listdir(tmp_path) == ["file"]

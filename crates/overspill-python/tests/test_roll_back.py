@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -180,6 +182,89 @@ def test_a_roll_back_that_fails_in_its_middle_leaves_no_state_until_one_succeeds
         reference.step()
         assert_same(ours, theirs)
     optimizer.commit()
+
+
+class Signalled:
+    """The native half of an optimizer, with a signal before and after each part of a commit that is compared."""
+
+    def __init__(self, native):
+        self._native = native
+
+    def compare(self, *arguments):
+        signal.raise_signal(signal.SIGINT)
+        left = self._native.compare(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return left
+
+    def __getattr__(self, name):
+        return getattr(self._native, name)
+
+
+@pytest.fixture
+def handler():
+    """Sets what handles Ctrl-C; the former handler is back in the end."""
+    former = signal.getsignal(signal.SIGINT)
+    yield lambda handle: signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGINT, former)
+
+
+def test_ctrl_c_is_heard_while_a_commit_is_compared_and_changes_nothing(swap_dir, handler):
+    ours, optimizer, theirs, reference = pair("SGD", swap_dir, BLOCKS, {"momentum": 0.5})
+    set_gradients(0, ours, theirs)
+    optimizer.step()
+    reference.step()
+    optimizer.commit("first")
+    set_gradients(1, ours, theirs)
+    optimizer.step()
+    reference.step()
+    whole, optimizer._native = optimizer._native, Signalled(optimizer._native)
+    for heard in (0, 1):
+        signals = []
+
+        def handle(*_, signals=signals, heard=heard):
+            signals.append("SIGINT")
+            if len(signals) > heard:
+                raise KeyboardInterrupt
+
+        handler(handle)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.roll_back()
+        assert len(signals) == heard + 1
+        assert_same(ours, theirs)
+        assert [int(optimizer.state[p]["step"]) for p in ours] == [2] * 3
+    optimizer._native = whole
+    set_gradients(2, ours, theirs)
+    optimizer.step()
+    reference.step()
+    assert_same(ours, theirs)
+
+
+def test_a_handler_that_commits_while_a_commit_is_compared_has_its_own_gone_back_to(swap_dir, handler):
+    ours, optimizer, theirs, reference = pair("SGD", swap_dir, BLOCKS, {"momentum": 0.5})
+    set_gradients(0, ours, theirs)
+    optimizer.step()
+    reference.step()
+    optimizer.commit("first")
+    set_gradients(1, ours, theirs)
+    optimizer.step()
+    reference.step()
+    whole, optimizer._native = optimizer._native, Signalled(optimizer._native)
+
+    def commit(*_):
+        handler(signal.SIG_IGN)
+        optimizer.commit("second")
+        set_gradients(5, ours)
+        optimizer.step()
+
+    handler(commit)
+    optimizer.roll_back()
+    optimizer._native = whole
+    assert_same(ours, theirs)
+    assert optimizer.extra == "second" and int(optimizer.state[ours[0]]["step"]) == 2
+    set_gradients(2, ours, theirs)
+    optimizer.step()
+    reference.step()
+    assert_same(ours, theirs)
 
 
 def test_a_roll_back_that_is_refused_changes_nothing(swap_dir):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import random
 import subprocess
 import sys
+import threading
+import types
+import warnings
 
 import pytest
 import torch
 
 import overspill
+from overspill._native import Optimizer as Native
 from overspill.errors import (
     ArgumentError,
     CorruptionError,
@@ -19,7 +25,8 @@ from overspill.errors import (
     OverspillError,
     StateError,
 )
-from support import SMALL, assert_same, manifest_of, pair, parameters, set_gradients
+from overspill.optim import base
+from support import BOUND, SMALL, assert_same, manifest_of, pair, parameters, set_gradients
 
 
 def test_snapshots_stay_when_commits_go_on(swap_dir):
@@ -140,6 +147,109 @@ def test_whoever_is_killed_while_going_back_leaves_the_snapshot_or_the_last_comm
         assert_same([p], [torch.full_like(p, -steps)])
         assert int(resumed.state[p]["step"]) == steps and resumed.snapshots() == ["best"]
         resumed.close()
+
+
+def committed_twice(swap_dir):
+    """A directory with the snapshot `best` of one step and a commit of two."""
+    p = torch.nn.Parameter(torch.zeros(30))
+    p.grad = torch.ones_like(p)
+    optimizer = overspill.Lion([p], lr=1.0, swap_dir=swap_dir, **SMALL)
+    optimizer.step()
+    optimizer.commit("best")
+    optimizer.snapshot("best")
+    optimizer.step()
+    optimizer.commit("later")
+    optimizer.close()
+    return p
+
+
+def test_nobody_gets_the_store_while_a_snapshot_is_gone_back_to(swap_dir):
+    p = committed_twice(swap_dir)
+
+    class Opening:
+        """The native half, whose store somebody else wants from when it is locked until it is open."""
+
+        committed = staticmethod(Native.committed)
+
+        @staticmethod
+        def open(*arguments, **options):
+            over, had = threading.Event(), []
+
+            def contend():
+                is_held = False
+                with open(swap_dir / "lock") as lock:
+                    while not over.is_set():
+                        try:
+                            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        except BlockingIOError:
+                            is_held = True
+                            continue
+                        if is_held:
+                            had.append("the lock")
+                        fcntl.flock(lock, fcntl.LOCK_UN)
+
+            contender = threading.Thread(target=contend)
+            contender.start()
+            try:
+                return Native.open(*arguments, **options)
+            finally:
+                over.set()
+                contender.join(BOUND)
+                assert not had
+
+    for _ in range(20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(base, "Native", Opening)
+            with overspill.Lion.resume([p], swap_dir, snapshot="best", **SMALL) as resumed:
+                assert resumed.extra == "best"
+
+
+@pytest.mark.parametrize("name", [None, "best"])
+def test_a_commit_of_somebody_else_just_before_the_store_is_locked_is_told(name, swap_dir):
+    p = committed_twice(swap_dir)
+    other = torch.nn.Parameter(torch.zeros(30))
+    other.grad = torch.ones_like(other)
+
+    def overtaken(directory, snapshot):
+        found = Native.committed(directory, snapshot)
+        patch.undo()
+        with overspill.Lion.resume([other], swap_dir, **SMALL) as faster:
+            faster.step()
+            faster.commit("faster")
+            if snapshot is not None:
+                faster.delete_snapshot(snapshot)
+                faster.snapshot(snapshot)
+        return found
+
+    before = p.detach().clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "Native", types.SimpleNamespace(committed=overtaken, open=Native.open))
+        with pytest.raises(StateError, match="committed to by another process just now: resume again"):
+            overspill.Lion.resume([p], swap_dir, snapshot=name, **SMALL)
+    assert_same([p], [before])
+    with overspill.Lion.resume([p], swap_dir, snapshot=name, **SMALL) as resumed:
+        assert resumed.extra == "faster" and int(resumed.state[p]["step"]) == 3
+        assert_same([p], [other])
+
+
+@pytest.mark.parametrize("name", [None, "best"])
+def test_ctrl_c_is_heard_while_what_is_resumed_is_read_and_changes_nothing(name, swap_dir, monkeypatch):
+    p = committed_twice(swap_dir)
+    p.data.fill_(9.0)
+    manifest = (swap_dir / "manifest").read_bytes()
+    # It arrives in the place of a warning, by a call of C: no other code of Python's runs before the reading that handles it.
+    profile = swap_dir.with_name("overspill-tune.json")
+    profile.write_text("{")
+    made = ctypes.PYFUNCTYPE(None, ctypes.py_object, ctypes.py_object)
+    monkeypatch.setattr(warnings, "warn", made(("PyErr_SetInterrupt", ctypes.pythonapi)))
+    with pytest.raises(KeyboardInterrupt):
+        overspill.Lion.resume([p], swap_dir, snapshot=name, **SMALL)
+    monkeypatch.undo()
+    assert_same([p], [torch.full_like(p, 9.0)])
+    assert (swap_dir / "manifest").read_bytes() == manifest
+    profile.unlink()
+    with overspill.Lion.resume([p], swap_dir, snapshot=name, **SMALL) as resumed:
+        assert resumed.extra == (name or "later")
 
 
 def test_a_snapshot_that_cannot_be_gone_on_from_replaces_nothing(swap_dir):

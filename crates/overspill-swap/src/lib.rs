@@ -105,7 +105,7 @@ pub use sites::{ServedVolume, VolumeSite, VolumeSites};
 pub use slot::{Kept, Slot};
 #[cfg(feature = "sim")]
 pub use steps::{Step, watch_steps};
-pub use store::{Store, Usage, View, ViewLoading};
+pub use store::{Compared, Store, Usage, View, ViewLoading};
 pub use survey::{
     Blocks, Damage, Damaged, DataFile, Examination, Findings, Fragmentation, Generation, GenerationState,
     Leftover, Remains, Removal, Removed, Scope, Survey, Verdict, leftovers, remove_leftover,

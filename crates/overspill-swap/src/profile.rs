@@ -113,13 +113,13 @@ impl Profile {
     pub const RINGS_MAX: usize = 16;
 
     /// The profile that counts for `directory`: its own, or else that of the nearest directory above it on the same
-    /// file system. `directory` need not exist yet.
+    /// file system. `directory` need not exist yet. One that could not is no error here: whoever makes it says so.
     ///
     /// # Errors
     ///
     /// [`ProfileError`] if the nearest profile cannot be read or is not what [`Profile::save`] writes.
     pub fn load(directory: &Path) -> Result<Option<Self>, ProfileError> {
-        let nearest = existing(directory)?;
+        let Some(nearest) = existing(directory) else { return Ok(None) };
         let mut device = None;
         for directory in nearest.ancestors().take(DIRECTORIES_MAX) {
             // A directory that may not be looked at has no profile for us, and neither has what is above it.
@@ -247,17 +247,17 @@ fn quote(value: &impl fmt::Display) -> String {
     if quoted.len() < text.len() { quoted + "…" } else { quoted }
 }
 
-/// The nearest directory above `directory`, itself included, that exists, without links in its path.
-fn existing(directory: &Path) -> Result<PathBuf, ProfileError> {
-    let failed = |source| ProfileError::File { action: "find", path: directory.to_owned(), source };
-    let absolute = std::path::absolute(directory).map_err(failed)?;
+/// The nearest directory above `directory`, itself included, that exists, without links in its path; `None` if that cannot
+/// be found out.
+fn existing(directory: &Path) -> Option<PathBuf> {
+    let absolute = std::path::absolute(directory).ok()?;
     for ancestor in absolute.ancestors() {
         match std::fs::canonicalize(ancestor) {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
-            found => return found.map_err(failed),
+            found => return found.ok(),
         }
     }
-    Ok(PathBuf::from("/"))
+    Some(PathBuf::from("/"))
 }
 
 /// The beginning of the plain file at `path`, one byte more than a profile may have; `None` if there is no file.

@@ -9,7 +9,7 @@
 //! Nothing is made in the directories here: that is up to `Store::create_over` and `Store::open_over`, which
 //! take the volumes. Several share the data in proportion to their bandwidths, and one whose bandwidth nobody
 //! knows is measured; a store that is opened is served as it was made. Dropping what was opened stops the
-//! engines.
+//! engines. Nothing but speed depends on a profile: one that cannot be used stops nobody, and is told.
 
 use std::path::{Path, PathBuf};
 
@@ -37,6 +37,8 @@ pub struct VolumeSite {
     pub store: PathBuf,
     /// What is known of the disk.
     pub profile: Option<Profile>,
+    /// Why a profile that is there cannot be used, and what that means: in a line, for the user.
+    pub flaw: Option<String>,
     /// Engines side by side, each with a data file of its own.
     rings: usize,
 }
@@ -68,7 +70,19 @@ impl VolumeSite {
     /// A volume's directory `store` in `directory`, on a disk of this profile.
     pub fn new(directory: PathBuf, store: PathBuf, profile: Option<Profile>) -> Self {
         let rings = profile.as_ref().map_or(1, |profile| profile.rings);
-        Self { directory, store, profile, rings }
+        Self { directory, store, profile, flaw: None, rings }
+    }
+
+    /// As [`VolumeSite::new`], with the profile that counts for the directories. Of a disk whose profile cannot be used
+    /// nothing is known.
+    pub fn find(directory: PathBuf, store: PathBuf) -> Self {
+        match Profile::load(&store) {
+            Ok(profile) => Self::new(directory, store, profile),
+            Err(error) => {
+                let flaw = Some(format!("{error}; the disk is used as if nothing were known of it"));
+                Self { flaw, ..Self::new(directory, store, None) }
+            }
+        }
     }
 
     fn bandwidth(&self) -> Option<Bandwidth> {
@@ -242,6 +256,21 @@ mod tests {
         assert_eq!((slow.volume.engines.len(), fast.volume.engines.len()), (2, 1));
         assert_eq!((slow.chunk_bytes, slow.queue_depth), (1 << 16, 8));
         assert_eq!((&slow.measured, &fast.measured), (&None, &None));
+    }
+
+    #[test]
+    fn a_profile_that_cannot_be_used_is_told_and_nothing_is_known_of_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let find = || VolumeSite::find(folder.path().to_owned(), folder.path().join("store"));
+        assert_eq!((find().profile, find().flaw), (None, None));
+        SLOW.save(folder.path()).unwrap();
+        assert_eq!((find().profile, find().flaw), (Some(SLOW), None));
+        std::fs::write(folder.path().join(Profile::FILE), "{").unwrap();
+        let (profile, flaw) = (find().profile, find().flaw.unwrap());
+        assert!(profile.is_none() && flaw.contains("is not a profile") && !flaw.contains('\n'), "{flaw}");
+        let sites = VolumeSites::to_make(vec![find()]);
+        let [served] = &sites.open(&threads(), &pool()).unwrap()[..] else { panic!("one volume") };
+        assert_eq!((served.volume.engines.len(), served.bandwidth), (1, None));
     }
 
     #[test]

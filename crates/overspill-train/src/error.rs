@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use overspill_io::{IoError, PoolError};
+use overspill_swap::StoreError;
 use overspill_swap::pipeline::PipelineError;
-use overspill_swap::{ProfileError, StoreError};
 
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
@@ -35,9 +35,6 @@ pub enum TrainError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// What is known of a disk could not be read.
-    #[error(transparent)]
-    Profile(#[from] ProfileError),
     /// Two volumes cannot be one directory.
     #[error("--swap-dir {} is given twice", directory.display())]
     SwapTwice {

@@ -28,8 +28,7 @@ pub fn stores_in(directories: &[PathBuf]) -> Vec<PathBuf> {
 /// says that they were; those that are not there are left out.
 ///
 /// # Errors
-/// [`TrainError::Store`] when the first directory is none of a store, [`TrainError::Profile`] when a profile is damaged,
-/// [`TrainError::Io`] when an engine can't be started.
+/// [`TrainError::Store`] when the first directory is none of a store, [`TrainError::Io`] when an engine can't be started.
 pub fn volumes(
     directories: &[PathBuf],
     backend: BackendChoice,
@@ -39,7 +38,8 @@ pub fn volumes(
     let mut volumes = Vec::with_capacity(survey.directories.len());
     for directory in survey.directories {
         let mut config = EngineConfig { backend, ..EngineConfig::default() };
-        if let Some(profile) = Profile::load(&directory)? {
+        // Without one, or with one that is damaged, it is read a little slower: that is no reason not to get at it.
+        if let Ok(Some(profile)) = Profile::load(&directory) {
             (config.chunk_bytes, config.queue_depth) = (profile.chunk_bytes, profile.queue_depth);
         }
         let files = Store::data_files(&directory).max(1);

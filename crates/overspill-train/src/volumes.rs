@@ -3,12 +3,12 @@
 //! [`Volumes::find`] reads what `overspill tune`, or an earlier run, has found out about each directory's disk;
 //! [`Volumes::open`] starts the engines accordingly. The first directory is the home of the store. Several share the
 //! state in proportion to their bandwidths; one whose bandwidth nobody knows is measured first, which is remembered
-//! beside it.
+//! beside it. A profile that cannot be used is a note: a file that nobody named stops no run.
 
 use std::path::{Path, PathBuf};
 
 use overspill_io::{EngineConfig, Pool};
-use overspill_swap::{Profile, Store, Volume, VolumeSite, VolumeSites};
+use overspill_swap::{Store, Volume, VolumeSite, VolumeSites};
 
 use crate::error::TrainError;
 use crate::options::StorageChoice;
@@ -38,16 +38,15 @@ impl Volumes {
     /// Looks up what is known of the directories.
     ///
     /// # Errors
-    /// [`TrainError::Profile`] when a profile is damaged, [`TrainError::SwapTwice`] for a directory named twice.
+    /// [`TrainError::SwapTwice`] for a directory named twice; to resume, [`TrainError::ResumeWhere`] and
+    /// [`TrainError::Store`] when there is nothing to go on from.
     pub(crate) fn find(storage: &StorageChoice) -> Result<Self, TrainError> {
-        let find = |directory: &Path, store: PathBuf| -> Result<_, TrainError> {
-            Ok(VolumeSite::new(directory.to_owned(), store, Profile::load(directory)?))
-        };
         if storage.directories.is_empty() && storage.resume {
             return Err(TrainError::ResumeWhere);
         }
         if storage.directories.is_empty() {
-            return Ok(Self { sites: VolumeSites::to_make(vec![find(Path::new("."), fresh_name())?]) });
+            let here = VolumeSite::find(PathBuf::from("."), fresh_name());
+            return Ok(Self { sites: VolumeSites::to_make(vec![here]) });
         }
         let mut real: Vec<PathBuf> = Vec::with_capacity(storage.directories.len());
         let mut found = Vec::with_capacity(storage.directories.len());
@@ -58,7 +57,7 @@ impl Volumes {
                 return Err(TrainError::SwapTwice { directory: directory.clone() });
             }
             real.push(path);
-            found.push(find(directory, directory.join(STORE_NAME))?);
+            found.push(VolumeSite::find(directory.clone(), directory.join(STORE_NAME)));
         }
         let sites = if storage.resume {
             let committed = Store::committed(&found[0].store)?;
@@ -108,7 +107,10 @@ impl Volumes {
                     opened.notes.push(note);
                 }
             }
-            if let Some(Err(error)) = served.measured.as_ref().map(|profile| profile.save(&site.directory)) {
+            opened.notes.extend(site.flaw.clone());
+            // What somebody has written there is theirs to mend.
+            let measured = served.measured.as_ref().filter(|_| site.flaw.is_none());
+            if let Some(Err(error)) = measured.map(|profile| profile.save(&site.directory)) {
                 let again = "its bandwidth will be measured again next time";
                 opened.notes.push(format!("volume {name}: {again}: {error}"));
             }
@@ -143,7 +145,7 @@ fn fresh_name() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use overspill_io::{BackendChoice, BlockClass};
-    use overspill_swap::Durability;
+    use overspill_swap::{Durability, Profile};
 
     use super::*;
 
@@ -214,13 +216,25 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_profile_and_a_directory_named_twice_are_refused() {
+    fn a_directory_named_twice_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let again = folder.path().join(".");
         let twice = Volumes::find(&storage(&[folder.path(), &again])).err().unwrap();
         assert!(matches!(&twice, TrainError::SwapTwice { directory } if *directory == again), "{twice}");
-        std::fs::write(folder.path().join(Profile::FILE), "{").unwrap();
-        let damaged = Volumes::find(&storage(&[folder.path()])).err().unwrap();
-        assert!(matches!(damaged, TrainError::Profile(_)), "{damaged}");
+    }
+
+    #[test]
+    fn a_damaged_profile_is_told_measured_around_and_left_as_it_is() {
+        let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::write(first.path().join(Profile::FILE), "{").unwrap();
+        for directories in [&[first.path()][..], &[first.path(), second.path()]] {
+            let storage = storage(directories);
+            let opened = Volumes::find(&storage).unwrap().open(&storage, &pool()).unwrap();
+            let told: Vec<_> = opened.notes.iter().filter(|note| note.contains("is not a profile")).collect();
+            assert_eq!(told.len(), 1, "{:?}", opened.notes);
+            assert!(told[0].ends_with("the disk is used as if nothing were known of it"), "{told:?}");
+            assert_eq!(std::fs::read_to_string(first.path().join(Profile::FILE)).unwrap(), "{");
+        }
+        assert!(Profile::load(second.path()).unwrap().is_some(), "that one is remembered");
     }
 }

@@ -387,6 +387,21 @@ fn a_directory_that_nobody_knows_is_measured_once_and_remembered() {
 }
 
 #[test]
+fn a_profile_that_is_damaged_is_a_note_and_stops_no_command() {
+    let place = two_disks();
+    let sound = place.trained(&["--swap-dir", "one"]);
+    place.file("one/overspill-tune.json", "{");
+    let ended = place.train(&["--swap-dir", "one", "--keep", "--json", "n.json"]);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    let told: Vec<_> = ended.stderr.lines().filter(|line| line.contains("is not a profile")).collect();
+    assert_eq!(told.len(), 1, "{}", ended.stderr);
+    assert!(told[0].starts_with("note: ") && told[0].contains("overspill-tune.json"), "{told:?}");
+    assert_eq!(read_json(&place.path("n.json"))["losses"], sound["losses"]);
+    let verified = Ended::of(&place.command(&["verify", "one"]).output().unwrap());
+    assert_eq!(verified.status, Some(0), "{}", verified.stderr);
+}
+
+#[test]
 fn volumes_that_are_kept_stay_where_they_are() {
     let place = two_disks();
     let ended = place.train(&["--swap-dir", "one,two", "--keep"]);

@@ -51,6 +51,7 @@ class Optimizer:
         directories: Sequence[str],
         parameters: Sequence[tuple[str, Sequence[int], str, str]],
         weights: Sequence[Tensor],
+        meta: str,
         *,
         memory_bytes: int,
         moments: str = "float32",
@@ -64,8 +65,9 @@ class Optimizer:
     ) -> Optimizer:
         """The state that was committed last, with the same parameters; ``weights`` are filled with theirs.
 
-        A ``snapshot`` is read, every byte of it, and made the last commit before. ``weights`` are as they were if those of
-        the commit are damaged.
+        ``meta`` is what :meth:`committed` has said: nothing is changed if something else is there by now. A ``snapshot`` is
+        read, every byte of it, and made the last commit before. ``weights`` are as they were if those of the commit are
+        damaged.
         """
 
     @staticmethod
@@ -118,10 +120,16 @@ class Optimizer:
     def commit(self, weights: Sequence[Tensor], meta: str) -> None:
         """Makes the state and all weights the next generation on storage; ``meta`` (JSON) goes with it."""
 
-    def roll_back(self, weights: Sequence[Tensor]) -> None:
-        """Goes back to the last commit, weights included, every byte of which is read before: damage changes nothing.
+    def compare(self, weights: Sequence[Tensor], compared: tuple[int, int]) -> tuple[int, int] | None:
+        """Reads the last commit for a short while and compares it with what was stored; nothing is changed.
 
-        What fails later leaves no state, until this succeeds.
+        ``compared`` is how far an earlier call has come, ``(0, 0)`` for the first one; ``None`` when nothing is left.
+        """
+
+    def roll_back(self, weights: Sequence[Tensor]) -> None:
+        """Goes back to the last commit, weights included; :meth:`compare` is to have read it before.
+
+        What fails here leaves no state, until this succeeds.
         """
 
     def lose(self) -> None:

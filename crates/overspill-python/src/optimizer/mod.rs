@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use overspill_optim::Isa;
-use overspill_swap::{Durability, Profile, ServedVolume, VolumeSite};
+use overspill_swap::{Compared, Durability, ServedVolume, VolumeSite};
 use pyo3::exceptions::PyRuntimeWarning;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping, PyTuple};
@@ -110,7 +110,7 @@ impl Optimizer {
     }
 
     #[staticmethod]
-    #[pyo3(signature = (directories, parameters, weights, *, memory_bytes, moments = "float32",
+    #[pyo3(signature = (directories, parameters, weights, meta, *, memory_bytes, moments = "float32",
         stochastic = false, initial_accumulator = 0.0, durability = "step", backend = "auto", depth = None,
         resident_bytes_max = None, snapshot = None))]
     #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
@@ -119,6 +119,7 @@ impl Optimizer {
         directories: Vec<PathBuf>,
         parameters: Vec<Described>,
         weights: Vec<Bound<'_, PyAny>>,
+        meta: &str,
         memory_bytes: usize,
         moments: &str,
         stochastic: bool,
@@ -139,10 +140,11 @@ impl Optimizer {
             tile_bytes: None,
         };
         let sites = sites(py, directories)?;
+        let meta = value_of(meta)?;
         let mut weights = tensors(&weights)?;
         outside(py, || {
             computing_threads()?;
-            Swapped::open(parameters, &mut weights, sites, options, snapshot.as_deref())
+            Swapped::open(parameters, &mut weights, &meta, sites, options, snapshot.as_deref())
         })
         .map(Self::over)
     }
@@ -211,10 +213,21 @@ impl Optimizer {
     }
 
     fn commit(&self, py: Python<'_>, weights: Vec<Bound<'_, PyAny>>, meta: &str) -> PyResult<()> {
-        let meta: Value =
-            serde_json::from_str(meta).map_err(|error| Error::Argument(format!("meta: {error}")))?;
+        let meta = value_of(meta)?;
         let weights = tensors(&weights)?;
         self.with(py, |swapped| swapped.commit(&weights, &meta))
+    }
+
+    fn compare(
+        &self,
+        py: Python<'_>,
+        weights: Vec<Bound<'_, PyAny>>,
+        compared: (u64, usize),
+    ) -> PyResult<Option<(u64, usize)>> {
+        let weights = tensors(&weights)?;
+        let (generation, tensors) = compared;
+        let left = self.with(py, |swapped| swapped.compare(&weights, Compared { generation, tensors }))?;
+        Ok(left.map(|Compared { generation, tensors }| (generation, tensors)))
     }
 
     fn roll_back(&self, py: Python<'_>, weights: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
@@ -327,16 +340,19 @@ pub(crate) fn norm(py: Python<'_>, gradients: Vec<Bound<'_, PyAny>>) -> PyResult
 /// a warning: nothing depends on it but speed.
 fn sites(py: Python<'_>, directories: Vec<PathBuf>) -> PyResult<Vec<VolumeSite>> {
     let site = |store: PathBuf| {
-        let loaded = outside(py, || Ok::<_, Error>(Profile::load(&store)))?;
-        let profile = loaded.or_else(|error| {
-            let warning = format!("{error}; the disk is used as if nothing were known of it");
-            let category = py.get_type::<PyRuntimeWarning>();
-            py.import("warnings")?.call_method1("warn", (warning, category)).map(|_| None)
-        })?;
         let directory = store.parent().unwrap_or(&store).to_owned();
-        Ok(VolumeSite::new(directory, store, profile))
+        let site = outside(py, || Ok::<_, Error>(VolumeSite::find(directory, store)))?;
+        if let Some(flaw) = &site.flaw {
+            let category = py.get_type::<PyRuntimeWarning>();
+            py.import("warnings")?.call_method1("warn", (flaw, category))?;
+        }
+        Ok(site)
     };
     directories.into_iter().map(site).collect()
+}
+
+fn value_of(meta: &str) -> Result<Value, Error> {
+    serde_json::from_str(meta).map_err(|error| Error::Argument(format!("meta: {error}")))
 }
 
 fn tensors(objects: &[Bound<'_, PyAny>]) -> PyResult<Vec<Tensor>> {

@@ -14,7 +14,9 @@ use overspill_optim::Isa;
 use overspill_swap::optimizer::{
     OptimizerError, OptimizerPlan, OptimizerSwapper, ParameterSpec, PlanOptions, TooSmall,
 };
-use overspill_swap::{Durability, ServedVolume, Store, StoreError, Volume, VolumeSite, VolumeSites};
+use overspill_swap::{
+    Compared, Durability, ServedVolume, Store, StoreError, Volume, VolumeSite, VolumeSites,
+};
 use serde_json::Value;
 
 pub(crate) use self::state::Shown;
@@ -99,10 +101,11 @@ impl Swapped {
     }
 
     /// Takes up what was committed, or a snapshot, and fills `weights`, which are read before, too: damage leaves them as
-    /// they are.
+    /// they are. What went with it is `user`, or another process was faster.
     pub(super) fn open(
         described: Vec<Described>,
         weights: &mut [Tensor],
+        user: &Value,
         sites: Vec<VolumeSite>,
         options: Options,
         snapshot: Option<&str>,
@@ -110,6 +113,7 @@ impl Swapped {
         let home = sites.first().ok_or_else(no_directory)?.store.clone();
         let committed = restoring::manifest(&home, snapshot)?;
         let found = &committed.meta["meta"];
+        restoring::same(&home, &found["user"], user)?;
         let begins: Vec<usize> = serde_json::from_value(found["begins_tile"].clone())
             .map_err(|_| Error::State(format!("{} has no state of this kind", home.display())))?;
         let expected = identity(&described, &options.formats, &begins);
@@ -123,21 +127,24 @@ impl Swapped {
         let specs = specs(&parameters)?;
         let tile_bytes = OptimizerSwapper::tile_bytes(&committed.meta);
         let options = Options { tile_bytes, ..options };
-        let sites = VolumeSites::to_open(sites, committed);
+        let sites = VolumeSites::to_open(sites, committed.clone());
         let plan = plan(&parameters, &specs, &options, sites.memory_bytes())?;
         let transport = Transport::start(&sites, options.backend)?;
         let volumes = transport.for_store();
-        if let Some(name) = snapshot {
-            restoring::restore(&volumes, name, weights::blocks(&transport.pool))?;
-        }
-        let store = Store::open_over(&volumes, options.durability)?;
+        let (durability, blocks) = (options.durability, weights::blocks(&transport.pool));
+        let store = match snapshot {
+            Some(name) => restoring::restore(&volumes, name, &committed, durability, blocks)?,
+            None => Store::open_over(&volumes, durability)?,
+        };
+        restoring::same(&home, &store.meta(), &committed.meta)?;
         let tiles = pool_for(&plan)?;
         let swapper = Some(OptimizerSwapper::open(&specs, plan, &store, &tiles)?);
         let (isa, stepping) = (Isa::detect(), Duration::ZERO);
         let opened = Self { parameters, described, options, isa, swapper, store, transport, stepping };
         opened.check_weights(weights)?;
         if snapshot.is_none() {
-            weights::check(&opened.store, &opened.transport.pool)?;
+            let is_weight = |tensor: &str| tensor.starts_with(weights::PREFIX);
+            restoring::check(&opened.store, is_weight, weights::blocks(&opened.transport.pool))?;
         }
         weights::load(&opened.store, &opened.transport.pool, weights)?;
         Ok(opened)
@@ -277,9 +284,28 @@ impl Swapped {
         Ok(())
     }
 
-    /// Goes back to the last commit, every byte of which is read before: damage changes nothing. What fails later leaves
-    /// no state, until this succeeds.
+    /// Reads the last commit for a short while, from where it was `compared`, and compares it: how far it has come, `None`
+    /// when that is everything. Nothing is changed, and signals are handled between two calls.
+    pub(super) fn compare(&self, tensors: &[Tensor], compared: Compared) -> Result<Option<Compared>, Error> {
+        self.committed_of(tensors)?;
+        restoring::glance(&self.store, |_| true, weights::blocks(&self.transport.pool), compared)
+    }
+
+    /// Goes back to the last commit, which was compared before: damage changes nothing. What fails here leaves no state,
+    /// until this succeeds.
     pub(super) fn roll_back(&mut self, tensors: &mut [Tensor]) -> Result<(), Error> {
+        let committed = self.committed_of(tensors)?;
+        let swapper = match self.swapper.take() {
+            Some(mut swapper) => swapper.roll_back().map(|()| swapper)?,
+            None => self.reopen(&committed)?,
+        };
+        weights::load(&self.store, &self.transport.pool, tensors)?;
+        self.swapper = Some(swapper);
+        Ok(())
+    }
+
+    /// What went with the last commit, if it is of these parameters.
+    fn committed_of(&self, tensors: &[Tensor]) -> Result<Value, Error> {
         self.check_weights(tensors)?;
         let committed = self.store.meta();
         if committed.is_null() {
@@ -289,14 +315,7 @@ impl Swapped {
         if let Some(difference) = difference(&committed["meta"], &expected) {
             return Err(Error::State(format!("the last commit is of other parameters: {difference}")));
         }
-        self.store.check_committed(|_| true, weights::blocks(&self.transport.pool))?;
-        let swapper = match self.swapper.take() {
-            Some(mut swapper) => swapper.roll_back().map(|()| swapper)?,
-            None => self.reopen(&committed)?,
-        };
-        weights::load(&self.store, &self.transport.pool, tensors)?;
-        self.swapper = Some(swapper);
-        Ok(())
+        Ok(committed)
     }
 
     /// The committed state, once the one in use was lost.

@@ -16,7 +16,7 @@ const BLOCK_BYTES: usize = 1 << 20;
 const BLOCKS: usize = 4;
 
 /// What the names of blocks of weights begin with.
-const PREFIX: &str = "weights/";
+pub(super) const PREFIX: &str = "weights/";
 
 /// The memory that moving weights takes.
 pub(super) const CLASS: BlockClass =
@@ -63,11 +63,6 @@ fn settle(slots: Option<Vec<Slot>>) -> Result<(), Error> {
         drop(slot.settle()?);
     }
     Ok(())
-}
-
-/// Reads the committed weights and compares them with what was stored: [`load`] fills one after the other.
-pub(super) fn check(store: &Store, pool: &Pool) -> Result<(), Error> {
-    Ok(store.check_committed(|tensor| tensor.starts_with(PREFIX), blocks(pool))?)
 }
 
 /// Fills the weights with those of the store.

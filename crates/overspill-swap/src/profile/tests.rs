@@ -59,6 +59,17 @@ fn a_profile_of_another_file_system_does_not_count() {
 }
 
 #[test]
+fn a_directory_that_cannot_be_has_no_profile() {
+    let folder = tempfile::tempdir().unwrap();
+    profile().save(folder.path()).unwrap();
+    symlink("loop", folder.path().join("loop")).unwrap();
+    for impossible in ["n".repeat(300), "loop/swap".to_owned(), "zero\0".to_owned()] {
+        assert_eq!(Profile::load(&folder.path().join(&impossible)).unwrap(), None, "{impossible:?}");
+    }
+    assert_eq!(Profile::load(Path::new("")).unwrap(), None);
+}
+
+#[test]
 fn a_link_or_a_pipe_or_a_folder_in_its_place_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join(Profile::FILE);

@@ -38,6 +38,7 @@ pub(crate) use self::opening::{
 
 use overspill_io::{EngineStats, Lane, Space};
 
+pub use self::checking::Compared;
 pub use self::view::{View, ViewLoading};
 use crate::directory::Directory;
 use crate::error::{Fallback, StoreError};

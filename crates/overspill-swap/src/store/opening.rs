@@ -90,7 +90,15 @@ impl Store {
     /// As [`Store::open`], naming the volume; [`StoreError::ForeignVolume`] when one is another store's, or in another's
     /// place.
     pub fn open_over(volumes: &[Volume], durability: Durability) -> Result<Self, StoreError> {
-        let directories = open_all(volumes)?;
+        Self::open_held(open_all(volumes)?, volumes, durability)
+    }
+
+    /// As [`Store::open_over`], with the directories of the volumes, which are held locked already.
+    pub(crate) fn open_held(
+        directories: Vec<Directory>,
+        volumes: &[Volume],
+        durability: Durability,
+    ) -> Result<Self, StoreError> {
         let path = volumes.first().map_or(Path::new(""), |home| &home.directory);
         let manifest_path = path.join(MANIFEST);
         let manifest = Self::committed(path)?;

@@ -18,6 +18,7 @@ use super::reading::{Blocks, Read, read_extents};
 use super::{Generation, GenerationState, check_store, read_generations};
 use crate::directory::{Directory, MANIFEST};
 use crate::error::StoreError;
+use crate::ledger::Durability;
 use crate::manifest::{Manifest, TensorRecord};
 use crate::store::{Store, begin_of, check_dealt_alike, check_lengths, open_all, repair_label, space_over};
 use crate::volume::Volume;
@@ -28,6 +29,7 @@ pub struct Examination {
     // Closed before the directories are let go of.
     space: Space,
     generations: Vec<GenerationState>,
+    volumes: Vec<Volume>,
     directories: Vec<Directory>,
 }
 
@@ -137,7 +139,7 @@ impl Examination {
             let dealt = check_dealt_alike(&home.join(MANIFEST), manifest, &reference);
             state.flaw = dealt.and_then(|()| check_lengths(&space, manifest.capacity())).err();
         }
-        Ok(Self { space, generations, directories })
+        Ok(Self { space, generations, volumes: volumes.to_vec(), directories })
     }
 
     /// Reads what is in scope, as many blocks at a time as there are. `progress` is told how many bytes of how many were
@@ -180,15 +182,34 @@ impl Examination {
         Ok(read.is_continue().then_some(findings))
     }
 
+    /// What a generation says of itself, if there is one and it can be read.
+    pub fn manifest(&self, generation: &Generation) -> Option<&Manifest> {
+        self.generations.iter().find(|state| state.generation == *generation)?.manifest.as_ref()
+    }
+
     /// Makes a generation the current one, under a number of its own, which is returned.
     ///
     /// # Errors
     /// As [`Store::restore`].
     pub fn restore(&self, generation: &Generation) -> Result<u64, StoreError> {
-        let state = self.generations.iter().find(|state| state.generation == *generation);
-        let manifest =
-            state.and_then(|state| state.manifest.clone()).ok_or_else(|| self.missing(generation))?;
-        Store::make_current(&self.directories[0], manifest)
+        let manifest = self.manifest(generation).ok_or_else(|| self.missing(generation))?;
+        Store::make_current(&self.directories[0], manifest.clone())
+    }
+
+    /// As [`Examination::restore`], and opens the store at that generation; nobody else can have it in between.
+    ///
+    /// # Errors
+    /// As [`Examination::restore`] and [`Store::open_over`].
+    pub fn restore_and_open(
+        self,
+        generation: &Generation,
+        durability: Durability,
+    ) -> Result<Store, StoreError> {
+        self.restore(generation)?;
+        let Self { space, volumes, directories, .. } = self;
+        // The store opens the data files itself.
+        drop(space);
+        Store::open_held(directories, &volumes, durability)
     }
 
     fn missing(&self, generation: &Generation) -> StoreError {

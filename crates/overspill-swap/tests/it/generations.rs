@@ -1,9 +1,10 @@
 //! Commits, roll-back, snapshots, and what is found when a store is opened.
 
+use std::ops::ControlFlow;
 use std::os::unix::fs::symlink;
 
 use overspill_io::{BackendChoice, Engine, EngineConfig, SimConfig};
-use overspill_swap::{Blocks, Durability, Links, Store, StoreError, Swapped, Worth, endanger};
+use overspill_swap::{Blocks, Compared, Durability, Links, Store, StoreError, Swapped, Worth, endanger};
 use serde_json::{Value, json};
 
 use crate::rig::{BACKENDS, BLOCK, Rig};
@@ -366,7 +367,12 @@ fn the_owner_compares_what_it_committed_beside_what_it_writes() {
     for backend in BACKENDS {
         let rig = Rig::new(backend, 6, 3);
         let blocks = Blocks { pool: &rig.pool, block_bytes: BLOCK / 4, count: 2 };
-        let check = |wanted: fn(&str) -> bool| rig.store.check_committed(wanted, blocks);
+        let check = |wanted: fn(&str) -> bool| {
+            let all = || ControlFlow::Continue(());
+            rig.store
+                .check_committed(wanted, blocks, Compared::default(), all)
+                .map(|left| assert_eq!(left, None))
+        };
         let (a, b) = (rig.tensor("a", 1), rig.tensor("b", 2));
         assert!(matches!(check(|_| true), Err(StoreError::NothingCommitted { .. })));
         rig.store.commit(json!(1)).unwrap();
@@ -390,4 +396,36 @@ fn the_owner_compares_what_it_committed_beside_what_it_writes() {
         let told = check(|_| true).unwrap_err();
         assert!(matches!(&told, StoreError::Transfer { tensor, .. } if tensor == "b"), "{told}");
     }
+}
+
+#[test]
+fn a_comparison_goes_on_where_it_was_broken_off_and_anew_with_another_generation() {
+    let rig = Rig::new(BackendChoice::Auto, 4, 4);
+    let blocks = Blocks { pool: &rig.pool, block_bytes: BLOCK / 4, count: 2 };
+    let tensors: Vec<_> =
+        ["a", "b", "c"].into_iter().zip(1..).map(|(name, byte)| rig.tensor(name, byte)).collect();
+    rig.store.commit(json!(1)).unwrap();
+    let one = |compared| rig.store.check_committed(|_| true, blocks, compared, || ControlFlow::Break(()));
+    let first = one(Compared::default()).unwrap().unwrap();
+    assert_eq!(first, Compared { generation: 1, tensors: 1 });
+    let second = one(first).unwrap().unwrap();
+    assert_eq!(second, Compared { generation: 1, tensors: 2 });
+    // What was compared is not read again, and what was not, is.
+    let offsets: Vec<_> =
+        Store::committed(rig.store.path()).unwrap().tensors.iter().map(|x| x.offset).collect();
+    let (least, greatest) = (*offsets.iter().min().unwrap(), *offsets.iter().max().unwrap());
+    rig.flip_bit(least);
+    let third = one(second).unwrap().unwrap();
+    assert_eq!(one(third).unwrap(), None);
+    rig.flip_bit(greatest);
+    assert!(matches!(one(second), Err(StoreError::Corrupt { .. })));
+    rig.flip_bit(greatest);
+    rig.store.commit(json!(2)).unwrap();
+    assert!(
+        matches!(one(third), Err(StoreError::Corrupt { .. })),
+        "it is the same extent in the next generation"
+    );
+    // Every block comes back from what was broken off.
+    let blocks: Vec<_> = (0..4).map(|_| rig.block(0)).collect();
+    drop((blocks, tensors));
 }

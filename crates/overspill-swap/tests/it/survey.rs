@@ -5,7 +5,9 @@ use std::fs::File;
 use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use overspill_io::{BackendChoice, BlockClass, Engine, EngineConfig, Pool};
 use overspill_swap::{
@@ -142,7 +144,7 @@ fn who_looks_at_a_store_keeps_nobody_from_opening_it() {
     let closed = Closed::new();
     let lock = File::open(closed.path.join("lock")).unwrap();
     let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         // As surveys do it, half of the time.
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
@@ -283,6 +285,40 @@ fn a_damaged_manifest_leaves_the_other_generations_to_be_found_whole_and_restore
     examination.restore(&first()).unwrap();
     drop(examination);
     assert_eq!(closed.open().unwrap().meta(), json!({ "step": 1 }));
+}
+
+#[test]
+fn nobody_gets_the_lock_between_what_is_restored_and_what_is_opened() {
+    let closed = Closed::new();
+    let manifest = closed.path.join("manifest");
+    for _ in 0..20 {
+        let examination = Examination::begin(&closed.volumes()).unwrap();
+        let lock = File::open(closed.path.join("lock")).unwrap();
+        let (tried, over) = (Barrier::new(2), AtomicBool::new(false));
+        let (had, opened) = thread::scope(|scope| {
+            let contender = scope.spawn(|| {
+                let mut had = lock.try_lock().is_ok();
+                tried.wait();
+                while !over.load(Ordering::Relaxed) {
+                    had |= lock.try_lock().is_ok();
+                }
+                had
+            });
+            tried.wait();
+            let opened = examination.restore_and_open(&first(), Durability::Step);
+            over.store(true, Ordering::Relaxed);
+            (contender.join().unwrap(), opened)
+        });
+        assert_eq!(opened.unwrap().meta(), json!({ "step": 1 }));
+        assert!(!had);
+    }
+    let examination = Examination::begin(&closed.volumes()).unwrap();
+    let before = std::fs::read(&manifest).unwrap();
+    let none = Generation::Snapshot("none".to_owned());
+    let missing = examination.restore_and_open(&none, Durability::Step).unwrap_err();
+    assert!(matches!(missing, StoreError::NoSnapshot { .. }), "{missing}");
+    assert_eq!(std::fs::read(&manifest).unwrap(), before);
+    drop(closed.open().unwrap());
 }
 
 #[test]
