@@ -168,6 +168,13 @@ def freed():
     return tensor
 
 
+def resized():
+    tensor = torch.zeros(8, 8)
+    view = tensor.t()
+    tensor.untyped_storage().resize_(4)
+    return view
+
+
 LOST = {
     "bytes": lambda: b"bytes",
     "number": lambda: 5,
@@ -176,6 +183,7 @@ LOST = {
     "sparse": lambda: torch.eye(5).to_sparse(),
     "fake": of_no_contents,
     "freed": freed,
+    "resized": resized,
 }
 SHARED = {
     "expanded": lambda: torch.zeros(1).expand(5),
@@ -274,3 +282,42 @@ def test_pinned_memory_that_cannot_be_meant_is_refused(any_handle):
     for lost in (torch.empty(5, device="meta"), torch.eye(5).to_sparse(), of_no_contents(), freed()):
         assert any_handle.free_cpu_locked_tensor(lost) is False
         assert any_handle.is_pinned(lost) is False
+
+
+@pytest.mark.parametrize("dtype", (torch.quint8, torch.qint8, torch.qint32))
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_numbers_that_memory_alone_does_not_make_are_refused(any_handle, path, dtype):
+    quantized = torch.quantize_per_tensor(torch.ones(4, 5), 0.1, 0, dtype)
+    refused(UnsupportedError, any_handle.sync_pread, quantized.t(), path)
+    refused(UnsupportedError, any_handle.new_cpu_locked_tensor, 4, quantized)
+    # Those that have their memory already are what they were.
+    any_handle.sync_pread(quantized, path)
+    assert bytes(quantized.int_repr().flatten().view(torch.uint8)[:20].numpy()) == path.read_bytes()[:20]
+
+
+def test_tensors_within_a_transform_are_refused(any_handle, path):
+    def moved(move):
+        def within(x):
+            refused(UnsupportedError, move, x, path)
+            refused(UnsupportedError, any_handle.sync_pwrite, x.t(), path)
+            return x.sum()
+
+        return within
+
+    for move in (any_handle.sync_pread, any_handle.sync_pwrite):
+        torch.func.grad(moved(move))(torch.ones(4, 3))
+        torch.vmap(moved(move))(torch.ones(2, 4, 3))
+
+
+def test_there_is_no_memory_for_a_copy_of_almost_nothing_many_times(any_handle, path):
+    refused(MemoryBudgetError, any_handle.sync_pwrite, torch.zeros(1).expand(1 << 40), path)
+
+
+@pytest.mark.parametrize("raised", (KeyboardInterrupt, ZeroDivisionError))
+def test_what_a_path_of_somebodys_own_raises_is_passed_on(any_handle, raised):
+    class Path:
+        def __fspath__(self):
+            raise raised("mine")
+
+    with pytest.raises(raised, match="mine"):
+        any_handle.sync_pread(torch.zeros(4), Path())

@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import signal
 import weakref
 
 import pytest
@@ -157,3 +158,51 @@ def test_models_are_copied_and_pickled_beside_it_and_a_fork_may_train_them(swap_
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     optimizer.close()
+
+
+def test_an_interrupt_while_backward_updates_applies_no_gradient_twice(swap_dir):
+    parameter = torch.nn.Parameter(torch.zeros(5_000_000))
+    optimizer = overspill.AdamW(
+        [parameter], lr=1.0, weight_decay=0.0, swap_dir=swap_dir, memory="64MiB", in_backward=True
+    )
+    run = optimizer._run
+
+    def interrupted(*arguments):
+        run(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    optimizer._run = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        parameter.sum().backward()
+    optimizer._run = run
+    assert int(optimizer.state[parameter]["step"]) == 1 and parameter.grad is None
+    optimizer.step()
+    assert int(optimizer.state[parameter]["step"]) == 1
+    assert torch.allclose(parameter, torch.tensor(-1.0))
+
+
+def test_a_roll_back_drops_what_backward_has_not_used(swap_dir):
+    model, undisturbed = layers(4), layers(4)
+    optimizers = [
+        overspill.AdamW(x.parameters(), lr=1e-2, swap_dir=swap_dir / name, in_backward=True, **SMALL)
+        for name, x in (("a", model), ("b", undisturbed))
+    ]
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(3))
+    for network, optimizer in zip((model, undisturbed), optimizers):
+        network(x).square().mean().backward()
+        optimizer.step()
+        optimizer.commit()
+
+    def failing(_):
+        raise ZeroDivisionError
+
+    hook = model[0].weight.register_hook(failing)
+    with pytest.raises(ZeroDivisionError):
+        model(x).square().mean().backward()
+    hook.remove()
+    optimizers[0].roll_back()
+    assert all(p.grad is None for p in model.parameters())
+    for network, optimizer in zip((model, undisturbed), optimizers):
+        network(x).square().mean().backward()
+        optimizer.step()
+    assert_same(model.parameters(), undisturbed.parameters())

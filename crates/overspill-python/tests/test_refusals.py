@@ -36,6 +36,38 @@ def test_what_cannot_be_updated_is_refused(swap_dir):
     assert issubclass(UnsupportedError, TypeError) and not swap_dir.exists()
 
 
+def test_a_group_that_is_refused_has_not_joined_in_part(swap_dir, monkeypatch):
+    (mine,) = parameters([(3,)])
+    optimizer = overspill.AdamW([mine], swap_dir=swap_dir, **SMALL)
+    mine.grad = torch.ones(3)
+    optimizer.step()
+    with torch.inference_mode():
+        inferred = torch.nn.Parameter(torch.ones(3))
+    joining = parameters([(4,), (5,)], seed=1)
+    with pytest.raises(UnsupportedError, match="inference mode"):
+        optimizer.add_param_group({"params": [*joining, inferred]})
+
+    watch = optimizer._hooks.watch
+
+    def watch_the_first(parameter):
+        if parameter is joining[1]:
+            raise ZeroDivisionError
+        return watch(parameter)
+
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(optimizer._hooks, "watch", watch_the_first)
+        optimizer.add_param_group({"params": joining})
+    assert len(optimizer.param_groups) == len(optimizer.state) == 1
+    assert not joining[0]._post_accumulate_grad_hooks
+    optimizer.commit()
+    optimizer.close()
+    with overspill.AdamW.resume([mine], swap_dir, **SMALL) as resumed:
+        resumed.add_param_group({"params": joining})
+        for p in joining:
+            p.grad = torch.ones_like(p)
+        resumed.step()
+
+
 def test_parameters_that_became_others_are_refused(swap_dir):
     (p,) = parameters([(6, 4)])
     optimizer = overspill.Adafactor([p], swap_dir=swap_dir, **SMALL)

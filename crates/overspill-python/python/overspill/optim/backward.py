@@ -45,6 +45,12 @@ class InBackward:
         finally:
             self.forget()
 
+    def drop(self) -> None:
+        """Drops the gradients that have arrived and are not used yet."""
+        for known in self._arrived_since_step:
+            known.parameter.grad = None
+        self.forget()
+
     def forget(self) -> None:
         """Begins anew: nothing has arrived."""
         self._pending, self._pending_bytes = set(), 0
@@ -76,11 +82,9 @@ class InBackward:
         if optimizer is None:
             return
         try:
-            stepped = optimizer._update(only)
+            optimizer._update(only, drops_gradients=True)
         finally:
             self._pending, self._pending_bytes = set(), 0
-        for known in stepped:
-            known.parameter.grad = None
 
     def _size(self, optimizer: Core, known: Known) -> int:
         """Bytes of a parameter's state, about."""

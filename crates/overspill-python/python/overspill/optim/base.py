@@ -96,7 +96,8 @@ class SwappedOptimizer(Dictionaries):
         All of the commit is read before anything changes, every byte of it, and compared with what was stored; then what is
         needed at once is read again. When this is refused, or interrupted while it compares, or the commit is damaged,
         everything is as it was. Should something fail after that, a disk, say, then there is no state until another call
-        succeeds: :meth:`step` and :meth:`commit` raise :class:`overspill.errors.StateError`.
+        succeeds: :meth:`step` and :meth:`commit` raise :class:`overspill.errors.StateError`. With ``in_backward=True``,
+        gradients that backward has not used are dropped.
 
         Raises:
             StateError: when nothing is committed, or parameters or groups have joined since.
@@ -122,6 +123,8 @@ class SwappedOptimizer(Dictionaries):
                 native.lose()
                 raise
             self._take_up(found)
+            if self._in_backward is not None:
+                self._in_backward.drop()
 
     def _last_record(self, native: Native) -> dict[str, Any]:
         """What went with the last commit, which is one of the parameters and groups as they are."""

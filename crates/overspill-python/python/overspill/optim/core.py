@@ -116,26 +116,26 @@ class Core(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        try:
+        with contextlib.ExitStack() as undone:
+            undone.callback(self.param_groups.pop)
             self._refuse_options(group)
             for parameter in group["params"]:
                 _check_parameter(parameter)
-        except BaseException:
-            self.param_groups.pop()
-            raise
-        # As torch numbers them: a parameter that a group has twice takes two places, and has the first.
-        start = sum(len(group["params"]) for group in self.param_groups[:-1])
-        names = group.get("param_names") or [None] * len(group["params"])
-        taken = {known.name for known in self._known.values()}
-        for position, (parameter, name) in enumerate(zip(group["params"], names), start):
-            if parameter in self._known:
-                continue
-            # Of what cannot be written, the code: it is a name all the same.
-            name = str(position if name is None else name).encode(errors="backslashreplace").decode()
-            name = f"{name} ({position})" if name in taken else name
-            taken.add(name)
-            self._known[parameter] = Known(parameter, position, name)
-            self._hooks.watch(parameter)
+            # As torch numbers them: a parameter that a group has twice takes two places, and has the first.
+            start = sum(len(group["params"]) for group in self.param_groups[:-1])
+            names = group.get("param_names") or [None] * len(group["params"])
+            taken = {known.name for known in self._known.values()}
+            for position, (parameter, name) in enumerate(zip(group["params"], names), start):
+                if parameter in self._known:
+                    continue
+                # Of what cannot be written, the code: it is a name all the same.
+                name = str(position if name is None else name).encode(errors="backslashreplace").decode()
+                name = f"{name} ({position})" if name in taken else name
+                taken.add(name)
+                undone.callback(self._hooks.watch(parameter))
+                self._known[parameter] = Known(parameter, position, name)
+                undone.callback(self._known.pop, parameter)
+            undone.pop_all()
 
     def _refuse_options(self, group: Mapping[str, Any]) -> None:
         _refuse_meaningless(group)
@@ -202,8 +202,8 @@ class Core(torch.optim.Optimizer):
                 f"{what} needs all gradients at the end, and in_backward=True uses them up before"
             )
 
-    def _update(self, only: set[Known] | None, scale: float = 1.0) -> list[Known]:
-        """Steps those that have a gradient, of ``only`` these if it is not ``None``; the answer is which."""
+    def _update(self, only: set[Known] | None, scale: float = 1.0, drops_gradients: bool = False) -> None:
+        """Steps those that have a gradient, of ``only`` these if it is not ``None``."""
         groups: list[dict[str, float]] = []
         work: dict[Known, tuple[int, Tensor]] = {}
         for index, group in enumerate(self.param_groups):
@@ -233,14 +233,16 @@ class Core(torch.optim.Optimizer):
                 work[known] = here if own is hyper else len(groups) - 1, gradient
         if not work:
             self._alive()
-            return []
+            return
         native = self._with_places(work)
         if self._config.max_norm is not None:
             gradients = [gradient for _, gradient in work.values()]
             scale *= self._clip_factor(gradients, scale, self._config.max_norm)
         with uninterrupted():
             self._run(native, groups, work, scale)
-        return list(work)
+            if drops_gradients:
+                for known in work:
+                    known.parameter.grad = None
 
     def _run(
         self,
@@ -444,6 +446,10 @@ def _check_parameter(parameter: Tensor) -> None:
         )
     if parameter.device.type == "meta":
         raise UnsupportedError("a parameter on the meta device has no contents: materialize it first")
+    if parameter.is_inference():
+        raise UnsupportedError(
+            "a parameter made in inference mode cannot be trained: make it, or clone it, outside"
+        )
     if parameter.layout is not torch.strided or is_traceable_wrapper_subclass(parameter):
         raise UnsupportedError(
             f"parameters are dense tensors of their own memory, not {type(parameter).__name__}"

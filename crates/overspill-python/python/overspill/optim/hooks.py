@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Callable
+from typing import Any, Callable, cast
 
 from torch import Tensor
 
@@ -18,8 +18,8 @@ class GradientHooks:
         self._method = weakref.WeakMethod(method)
         self._handles: list[Any] = []
 
-    def watch(self, parameter: Tensor) -> None:
-        """Hangs a hook behind the parameter's gradient."""
+    def watch(self, parameter: Tensor) -> Callable[[], None]:
+        """Hangs a hook behind the parameter's gradient; the answer takes it away."""
         watching = self._method
 
         def appeared(parameter: Tensor) -> None:
@@ -30,9 +30,11 @@ class GradientHooks:
         needed = parameter.requires_grad
         parameter.requires_grad_(True)
         try:
-            self._handles.append(parameter.register_post_accumulate_grad_hook(appeared))  # type: ignore[no-untyped-call]
+            handle = parameter.register_post_accumulate_grad_hook(appeared)  # type: ignore[no-untyped-call]
         finally:
             parameter.requires_grad_(needed)
+        self._handles.append(handle)
+        return cast("Callable[[], None]", handle.remove)
 
     def close(self) -> None:
         """Takes the hooks away."""

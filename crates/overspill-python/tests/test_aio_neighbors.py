@@ -1,0 +1,106 @@
+"""Several handles of one process on one file: what begins or ends within a sector is nobody else's loss."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+
+import pytest
+import torch
+
+import overspill
+from support import BACKENDS, BOUND, MIB, random_bytes
+
+SECTOR = 4096
+
+
+def test_neighbors_that_write_into_one_sector_by_two_handles_lose_nothing(tmp_path, backend):
+    path, first, second = tmp_path / "file", *(overspill.aio_handle(backend=backend) for _ in range(2))
+    path.write_bytes(bytes(16 * SECTOR))
+    for number in range(1, 201):
+        first.async_pwrite(torch.full((1001,), number, dtype=torch.uint8), path, 5)
+        second.async_pwrite(torch.full((1003,), number, dtype=torch.uint8), path, 1006)
+        assert first.wait() == second.wait() == 1
+        found = path.read_bytes()
+        assert found == bytes(5) + bytes([number]) * 2004 + bytes(16 * SECTOR - 2009), number
+
+
+def test_what_grows_a_file_by_two_handles_leaves_it_as_long_as_the_longer_one(tmp_path, backend):
+    near, far = random_bytes(1001, 1), random_bytes(5000, 2)
+    first, second = (overspill.aio_handle(backend=backend) for _ in range(2))
+    for number in range(100):
+        path = tmp_path / str(number)
+        first.async_pwrite(near, path, 3)
+        second.async_pwrite(far, path, 8 * SECTOR)
+        assert first.wait() == second.wait() == 1
+        assert path.read_bytes() == bytes(3) + near.numpy().tobytes() + bytes(8 * SECTOR - 1004) + bytes(
+            far.numpy()
+        )
+
+
+def test_many_handles_and_threads_on_one_file_end_and_lose_nothing(tmp_path):
+    path, count, lengths = tmp_path / "file", 6, random.Random(7)
+    # Some ranges are whole sectors, and some are not; they lie one behind the other.
+    bounds = [0]
+    for number in range(count):
+        length = (
+            2 * SECTOR if number % 3 == 0 and bounds[-1] % SECTOR == 0 else lengths.randrange(1, 3 * SECTOR)
+        )
+        bounds.append(bounds[-1] + length)
+    path.write_bytes(bytes(bounds[-1]))
+    handles = [overspill.aio_handle(intra_op_parallelism=2, backend=name) for name in BACKENDS]
+    last: dict[int, torch.Tensor] = {}
+
+    def work(number: int) -> None:
+        start, end = bounds[number], bounds[number + 1]
+        for turn in range(30):
+            content = random_bytes(end - start, 100 * number + turn)
+            handle = handles[(number + turn) % len(handles)]
+            handle.write(content, path, turn % 7 == 0, start)
+            back = torch.zeros_like(content)
+            handles[turn % len(handles)].read(back, path, False, start)
+            assert torch.equal(back, content), (number, turn)
+        last[number] = content
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(BOUND)
+    assert len(last) == count, "a thread has failed, or not ended"
+    assert path.read_bytes() == b"".join(bytes(last[number].numpy()) for number in range(count))
+
+
+def test_a_failed_write_holds_no_other_handle_up(tmp_path, backend):
+    path, full = tmp_path / "file", "/dev/full"
+    first, second = (overspill.aio_handle(backend=backend) for _ in range(2))
+    for _ in range(20):
+        first.async_pwrite(random_bytes(1001), full, 3)
+        second.async_pwrite(random_bytes(999), full, 7)
+        for handle in (first, second):
+            with pytest.raises(overspill.errors.DiskFullError):
+                handle.wait()
+    # A handle that is gone holds nobody up either.
+    first.async_pwrite(random_bytes(MIB + 1), path, 1)
+    del first
+    assert second.write(random_bytes(999), path, False, 7) == 0
+
+
+def test_a_fork_does_not_wait_for_what_its_parent_has_begun(tmp_path):
+    path, handle = tmp_path / "file", overspill.aio_handle()
+    parts = [random_bytes(MIB, number) for number in range(64)]
+    for number, part in enumerate(parts):
+        handle.async_pwrite(part, path, 1 + number * MIB)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(BOUND)
+            overspill.aio_handle().write(random_bytes(777), path, False, 1 + 80 * MIB)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert handle.wait() == len(parts)
