@@ -1,9 +1,10 @@
 //! The optimizer behind the Python object: parameters in the caller's memory, their state in a store.
 //!
-//! It is made or opened over directories whose disks are known as well as their profiles tell; a step, a commit and a
-//! roll-back go over all of it, [`state`] over the records of some parameters. It ends by being dropped, and its directories
-//! go with it unless something was committed.
+//! It is made or opened over directories whose disks are known as well as their profiles tell; a step goes over all of it,
+//! and so does a commit or a roll-back ([`commits`]); [`state`] goes over the records of some parameters. It ends by being
+//! dropped, and its directories go with it unless something was committed.
 
+mod commits;
 mod state;
 
 use std::path::Path;
@@ -14,9 +15,7 @@ use overspill_optim::Isa;
 use overspill_swap::optimizer::{
     OptimizerError, OptimizerPlan, OptimizerSwapper, ParameterSpec, PlanOptions, TooSmall,
 };
-use overspill_swap::{
-    Compared, Durability, ServedVolume, Store, StoreError, Volume, VolumeSite, VolumeSites,
-};
+use overspill_swap::{Durability, ServedVolume, Store, Volume, VolumeSite, VolumeSites};
 use serde_json::Value;
 
 pub(crate) use self::state::Shown;
@@ -259,89 +258,6 @@ impl Swapped {
     /// Drops the state of a parameter.
     pub(super) fn purge(&mut self, parameter: usize) -> Result<(), Error> {
         Ok(self.swapper.as_mut().ok_or(OptimizerError::Lost)?.purge(parameter)?)
-    }
-
-    /// Makes state and weights the next generation.
-    pub(super) fn commit(&mut self, tensors: &[Tensor], user: &Value) -> Result<(), Error> {
-        self.check_weights(tensors)?;
-        let durability = self.options.durability;
-        if durability == Durability::None {
-            let message = "durability is 'none': make the optimizer with durability='step' to commit";
-            return Err(Error::State(message.to_owned()));
-        }
-        let begins = self.begins_tile();
-        let swapper = self.swapper.as_mut().ok_or(OptimizerError::Lost)?;
-        let weights_bytes = weights::storage_bytes(durability, weight_bytes(&self.parameters));
-        let needed = swapper.plan().storage_bytes(durability) + weights_bytes;
-        self.store.provide(needed)?;
-        weights::store(&self.store, &self.transport.pool, tensors)?;
-        let mut meta = identity(&self.described, &self.options.formats, &begins);
-        // Where whoever looks at the store from outside finds it.
-        meta["step"] = user["step"].clone();
-        meta["user"] = user.clone();
-        swapper.commit(&meta)?;
-        self.store.keep();
-        Ok(())
-    }
-
-    /// Reads the last commit for a short while, from where it was `compared`, and compares it: how far it has come, `None`
-    /// when that is everything. Nothing is changed, and signals are handled between two calls.
-    pub(super) fn compare(&self, tensors: &[Tensor], compared: Compared) -> Result<Option<Compared>, Error> {
-        self.committed_of(tensors)?;
-        restoring::glance(&self.store, |_| true, weights::blocks(&self.transport.pool), compared)
-    }
-
-    /// Goes back to the last commit, which was compared before: damage changes nothing. What fails here leaves no state,
-    /// until this succeeds.
-    pub(super) fn roll_back(&mut self, tensors: &mut [Tensor]) -> Result<(), Error> {
-        let committed = self.committed_of(tensors)?;
-        let swapper = match self.swapper.take() {
-            Some(mut swapper) => swapper.roll_back().map(|()| swapper)?,
-            None => self.reopen(&committed)?,
-        };
-        weights::load(&self.store, &self.transport.pool, tensors)?;
-        self.swapper = Some(swapper);
-        Ok(())
-    }
-
-    /// What went with the last commit, if it is of these parameters.
-    fn committed_of(&self, tensors: &[Tensor]) -> Result<Value, Error> {
-        self.check_weights(tensors)?;
-        let committed = self.store.meta();
-        if committed.is_null() {
-            return Err(StoreError::NothingCommitted { path: self.store.path().to_owned() }.into());
-        }
-        let expected = identity(&self.described, &self.options.formats, &self.begins_tile());
-        if let Some(difference) = difference(&committed["meta"], &expected) {
-            return Err(Error::State(format!("the last commit is of other parameters: {difference}")));
-        }
-        Ok(committed)
-    }
-
-    /// The committed state, once the one in use was lost.
-    fn reopen(&self, committed: &Value) -> Result<OptimizerSwapper, Error> {
-        self.store.roll_back()?;
-        let specs = specs(&self.parameters)?;
-        let tile_bytes = OptimizerSwapper::tile_bytes(committed);
-        let plan = plan(
-            &self.parameters,
-            &specs,
-            &Options { tile_bytes, ..self.options.clone() },
-            self.transport.engines_bytes,
-        )?;
-        let tiles = pool_for(&plan)?;
-        Ok(OptimizerSwapper::open(&specs, plan, &self.store, &tiles)?)
-    }
-
-    /// Gives the state up, until [`Swapped::roll_back`] succeeds: the weights that it was of could not be put where they
-    /// belong.
-    pub(super) fn lose(&mut self) {
-        self.swapper = None;
-    }
-
-    /// What went with the last commit.
-    pub(super) fn meta(&self) -> Value {
-        self.store.meta()["meta"]["user"].clone()
     }
 
     /// Time spent in steps so far.
