@@ -38,7 +38,7 @@ pub(crate) enum Error {
     Panic(String),
     /// What a signal handler raised, or somebody's code that was called.
     #[error("{0}")]
-    Interrupted(PyErr),
+    Raised(PyErr),
     /// What is stored is not what was written.
     #[error("{0}")]
     Corrupt(String),
@@ -104,7 +104,7 @@ impl Told {
             Error::Unsupported(_) => Self::plain("UnsupportedError"),
             Error::State(_) => Self::plain("StateError"),
             Error::Forked { .. } | Error::ThreadsForked { .. } => Self::plain("ForkError"),
-            Error::Panic(_) | Error::Interrupted(_) => Self::plain("InternalError"),
+            Error::Panic(_) | Error::Raised(_) => Self::plain("InternalError"),
             Error::Corrupt(_) => Self::plain("CorruptionError"),
             Error::Several { first, .. } => Self::of(first),
             Error::Budget(_) => Self::plain("MemoryBudgetError"),
@@ -192,7 +192,7 @@ fn is_full(errno: i32) -> bool {
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         static CLASSES: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
-        if let Error::Interrupted(raised) = error {
+        if let Error::Raised(raised) = error {
             return raised;
         }
         Python::attach(|py| {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import overspill
-from support import BACKENDS, BOUND, MIB, random_bytes
+from support import BACKENDS, BOUND, MIB, pinned, random_bytes
 
 SECTOR = 4096
 
@@ -71,6 +71,66 @@ def test_many_handles_and_threads_on_one_file_end_and_lose_nothing(tmp_path):
         thread.join(BOUND)
     assert len(last) == count, "a thread has failed, or not ended"
     assert path.read_bytes() == b"".join(bytes(last[number].numpy()) for number in range(count))
+
+
+def test_odd_writes_by_turns_of_several_handles_are_all_there(tmp_path):
+    path, count, length = tmp_path / "file", 600, 3 * SECTOR // 2 + 1
+    handles = [overspill.aio_handle(backend=name) for name in (*BACKENDS, "auto")]
+    parts = [random_bytes(length, number) for number in range(count)]
+    # Pinned ones would go straight to the engine, if they waited for nobody.
+    parts = [pinned(handles[0], part) if number % 5 == 0 else part for number, part in enumerate(parts)]
+    for number, part in enumerate(parts):
+        handles[number % len(handles)].async_pwrite(part, path, number * length)
+        if number % 7 == 0:
+            handles[number % 3].async_pwrite(part[:1], path, number * length)
+    assert sum(handle.wait() for handle in handles) == count + len(range(0, count, 7))
+    assert path.read_bytes() == b"".join(bytes(part.numpy()) for part in parts)
+
+
+class Calling(torch.Tensor):
+    """A tensor whose copy uses a handle."""
+
+    @staticmethod
+    def over(tensor, call):
+        calling = tensor.as_subclass(Calling)
+        calling.call = call
+        return calling
+
+    def copy_(self, *arguments):
+        self.call()
+        return self.as_subclass(torch.Tensor).copy_(*arguments)
+
+    def detach(self):
+        return Calling.over(self.as_subclass(torch.Tensor).detach(), self.call)
+
+
+def test_copies_that_use_each_others_handles_end(tmp_path):
+    handles = [overspill.aio_handle() for _ in range(2)]
+    sources, targets = ([tmp_path / f"{kind}{n}" for n in range(2)] for kind in ("source", "target"))
+    for source in sources:
+        source.write_bytes(bytes(range(64)))
+    both, ended = threading.Barrier(2), []
+
+    def work(number):
+        def call():
+            both.wait(BOUND)
+            handles[1 - number].sync_pwrite(torch.ones(4096, dtype=torch.uint8), targets[number])
+
+        gaps = torch.zeros(64, 2, dtype=torch.uint8)
+        handle = handles[number]
+        handle.async_pread(Calling.over(gaps[:, 0], call), sources[number])
+        both.wait(BOUND)
+        handle.wait()
+        ended.append(gaps)
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(BOUND)
+    assert len(ended) == 2, "they wait for each other"
+    for gaps in ended:
+        assert torch.equal(gaps[:, 0], torch.arange(64, dtype=torch.uint8)) and not gaps[:, 1].any()
 
 
 def test_a_failed_write_holds_no_other_handle_up(tmp_path, backend):

@@ -14,6 +14,7 @@ import torch
 
 import overspill
 from overspill.errors import ArgumentError, StateError, UnsupportedError
+from overspill.optim import staging
 from support import SMALL, assert_same
 
 
@@ -206,3 +207,27 @@ def test_a_roll_back_drops_what_backward_has_not_used(swap_dir):
         network(x).square().mean().backward()
         optimizer.step()
     assert_same(model.parameters(), undisturbed.parameters())
+
+
+def test_a_step_that_fails_half_way_applies_no_gradient_twice(swap_dir, monkeypatch):
+    monkeypatch.setattr(staging, "STAGED_BYTES", 64)
+    parameters = [torch.nn.Parameter(torch.ones(8, 8)) for _ in range(3)]
+    optimizer = overspill.SGD(parameters, lr=1.0, swap_dir=swap_dir, in_backward=True, **SMALL)
+    for p in parameters:
+        # It is copied to be used.
+        p.grad = torch.ones(16, 8)[::2]
+    copies, copy_of = [], staging.Staging.gradient
+
+    def failing(self, gradient):
+        copies.append(gradient)
+        if len(copies) == 2:
+            raise MemoryError
+        return copy_of(self, gradient)
+
+    monkeypatch.setattr(staging.Staging, "gradient", failing)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert [p.grad is None for p in parameters] == [True, False, False]
+    optimizer.step()
+    assert [int(x["step"]) for x in optimizer.state.values()] == [1, 1, 1]
+    assert all(not p.any() for p in parameters)

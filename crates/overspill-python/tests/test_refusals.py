@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import pickle
+import signal
 import types
 import warnings
 
@@ -66,6 +67,25 @@ def test_a_group_that_is_refused_has_not_joined_in_part(swap_dir, monkeypatch):
         for p in joining:
             p.grad = torch.ones_like(p)
         resumed.step()
+
+
+def test_a_group_that_joins_when_a_signal_arrives_has_joined_whole(swap_dir, monkeypatch):
+    optimizer = overspill.AdamW(parameters([(3,)]), swap_dir=swap_dir, **SMALL)
+    joining = parameters([(4,), (5,)], seed=1)
+    watch = optimizer._hooks.watch
+
+    def interrupted(parameter):
+        os.kill(os.getpid(), signal.SIGINT)
+        return watch(parameter)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(optimizer._hooks, "watch", interrupted)
+        optimizer.add_param_group({"params": joining})
+    assert len(optimizer.param_groups) == 2
+    for p in joining:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in joining] == [1, 1]
 
 
 def test_parameters_that_became_others_are_refused(swap_dir):

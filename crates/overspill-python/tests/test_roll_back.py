@@ -13,6 +13,7 @@ from overspill.errors import (
     CorruptionError,
     StateError,
 )
+from overspill.optim import base
 from overspill.optim.staging import Staging
 from support import SMALL, assert_same, manifest_of, pair, parameters, set_gradients
 
@@ -261,6 +262,34 @@ def test_a_handler_that_commits_while_a_commit_is_compared_has_its_own_gone_back
     optimizer._native = whole
     assert_same(ours, theirs)
     assert optimizer.extra == "second" and int(optimizer.state[ours[0]]["step"]) == 2
+    set_gradients(2, ours, theirs)
+    optimizer.step()
+    reference.step()
+    assert_same(ours, theirs)
+
+
+def test_what_is_committed_just_before_it_is_gone_back_to_is_compared_too(swap_dir, monkeypatch):
+    ours, optimizer, theirs, reference = pair("SGD", swap_dir, BLOCKS, {"momentum": 0.5})
+    set_gradients(0, ours, theirs)
+    optimizer.step()
+    reference.step()
+    optimizer.commit("first")
+    uninterrupted, calls = base.uninterrupted, []
+
+    def late():
+        calls.append(len(calls))
+        if len(calls) == 1:
+            set_gradients(1, ours, theirs)
+            optimizer.step()
+            reference.step()
+            optimizer.commit("second")
+            damage(swap_dir, "weights/0")
+        return uninterrupted()
+
+    monkeypatch.setattr(base, "uninterrupted", late)
+    with pytest.raises(CorruptionError, match="weights/0"):
+        optimizer.roll_back()
+    assert_same(ours, theirs)
     set_gradients(2, ours, theirs)
     optimizer.step()
     reference.step()

@@ -126,8 +126,8 @@ class Optimizer:
         ``compared`` is how far an earlier call has come, ``(0, 0)`` for the first one; ``None`` when nothing is left.
         """
 
-    def roll_back(self, weights: Sequence[Tensor]) -> None:
-        """Goes back to the last commit, weights included; :meth:`compare` is to have read it before.
+    def roll_back(self, weights: Sequence[Tensor]) -> bool:
+        """Goes back to the last commit, weights included, if it is the one that :meth:`compare` has read to its end.
 
         What fails here leaves no state, until this succeeds.
         """

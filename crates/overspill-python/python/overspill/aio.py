@@ -377,7 +377,7 @@ def _packed(buffer: torch.Tensor) -> torch.Tensor:
         return buffer.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
     except RuntimeError as error:
         told = str(error).partition("\n")[0]
-        if "alloc" in told or "memory" in told:
+        if "alloc" in told or "out of memory" in told:
             raise MemoryBudgetError(
                 f"no memory to copy the tensor of {buffer.nbytes} bytes to: {told}"
             ) from error

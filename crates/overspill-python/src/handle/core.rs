@@ -7,8 +7,9 @@
 //!                                   something in the way has yet to land: settle
 //! ```
 //!
-//! An operation enters the books, the crew's queue and, beside those of other handles, its file's traffic under one lock, so
-//! all have the same order, and nothing waits for what is behind it. What lands needs Python, so nothing that would have to wait for it is ever queued: its caller waits.
+//! An operation enters the books, the crew's queue and what is known to other handles while all of that is locked, so that
+//! the order is the same everywhere, and nothing waits for what is behind it. What lands needs Python, so nothing that would
+//! have to wait for it is ever queued: its caller waits.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -184,20 +185,23 @@ impl Core {
         let conflicts = |earlier: &&Arc<Operation>| operation.footprint.conflicts_with(&earlier.footprint);
         job.after = earlier.filter(conflicts).filter(|earlier| !earlier.is_over()).cloned().collect();
         let entrance = Entrance::open();
-        for other in entrance.ahead_of(&operation, self.id) {
-            let bell = self.crew.bell();
-            other.watch(move || bell.ring());
-            job.after.push(other);
-        }
+        let ahead = entrance.ahead_of(&operation, self.id);
+        job.after.extend(ahead.operations.iter().cloned());
+        let waits = !ahead.operations.is_empty() || (ahead.is_queued && self.crew.has_jobs());
         let step = job.step.clone();
-        let direct = if job.after.is_empty() { take_direct(&mut job) } else { VecDeque::new() };
+        let is_direct = job.after.is_empty() && !waits;
+        let direct = if is_direct { take_direct(&mut job) } else { VecDeque::new() };
         let is_queued = !job.loads.is_empty() || job.validation.is_some();
-        if let Some(Err(nobody)) = is_queued.then(|| self.crew.queue(job)) {
+        if let Some(Err(refusal)) = is_queued.then(|| self.crew.queue(job)) {
             // What this drops may run Python.
             drop((entrance, books));
-            return Err(nobody);
+            return Err(refusal);
         }
-        entrance.enter(&operation, self.id);
+        for other in ahead.operations {
+            let bell = self.crew.bell();
+            other.watch(move || bell.ring());
+        }
+        entrance.enter(&operation, self.id, waits && is_queued);
         books.push(entry);
         Ok(Registered::Entered(step, direct))
     }

@@ -7,9 +7,9 @@
 //!
 //! No worker waits for a device: completions come by calls of the engine's thread, which only put the landed block in the
 //! queue. What bounds the memory is the pool: a piece that finds no free block waits for one, and so does everything
-//! behind it. A job that has to wait for earlier operations holds up those behind it, too; the earlier ones have begun, so
-//! they end: what a job waits for has entered the queue before it, or has nothing to do there. Whoever registers operations
-//! queues their jobs under the same lock, or two of them would wait for each other.
+//! behind it. A job that has to wait for earlier operations holds up those behind it, too. That ends: what a job waits for has
+//! entered its queue before it, this one or another handle's ([`neighbors`](super::neighbors)), or has nothing to do there.
+//! Whoever registers operations queues their jobs under the same lock, or two of them would wait for each other.
 //!
 //! An operation is validated when all its other parts have answered, before anything begins that has to wait for it.
 //! Workers end when they are told to, with nothing left to do.
@@ -157,6 +157,11 @@ impl Crew {
         state.jobs.push_back(job);
         self.desk.news.notify_all();
         Ok(())
+    }
+
+    /// Whether anything is queued that has not begun.
+    pub(super) fn has_jobs(&self) -> bool {
+        !self.desk.lock().jobs.is_empty()
     }
 
     /// Sees to it that there are workers.
@@ -321,7 +326,7 @@ impl State {
                 return (self.is_closing && self.away == 0 && self.validations.is_empty())
                     .then_some(Task::End);
             };
-            job.after.retain(|earlier| !earlier.is_over());
+            while job.after.pop_if(|earlier| earlier.is_over()).is_some() {}
             if !job.after.is_empty() {
                 return None;
             }

@@ -38,7 +38,7 @@ impl Name {
     pub(super) fn of(file: &Bound<'_, PyAny>) -> Result<Self, Error> {
         let refused = |reason: &str| Error::Argument(format!("{} is no file: {reason}", shown(file)));
         let is_number =
-            !file.is_instance_of::<PyBool>() && file.hasattr("__index__").map_err(Error::Interrupted)?;
+            !file.is_instance_of::<PyBool>() && file.hasattr("__index__").map_err(Error::Raised)?;
         if is_number {
             return whole("the descriptor", file, 0..=i32::MAX).map(Self::Descriptor);
         }
@@ -49,7 +49,7 @@ impl Name {
             } else if error.is_instance_of::<PyTypeError>(file.py()) {
                 refused("give its path, or its descriptor")
             } else {
-                Error::Interrupted(error)
+                Error::Raised(error)
             }
         })?;
         if path.is_empty() || path.contains(&0) {

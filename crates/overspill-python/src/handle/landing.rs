@@ -1,10 +1,12 @@
 //! The last step of a read into memory that no device can reach: its bytes are copied to their tensor.
 //!
 //! Whoever waits for the read does it, with the GIL, once; others that wait for it wait for that, too. What a tensor
-//! refuses is told by the waits that cover its operation. An interrupted copy is left for the next wait.
+//! refuses is told by the waits that cover its operation. An interrupted copy is left for the next wait. A tensor's own
+//! `copy_` may use this handle and others; a thread that copies waits for no other thread's copy, or two of them might wait
+//! for each other.
 
+use std::cell::Cell;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, ThreadId};
 
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
@@ -14,6 +16,11 @@ use super::operation::Operation;
 use crate::argument::shown;
 use crate::border::outside;
 use crate::error::Error;
+
+thread_local! {
+    /// Whether this thread is copying.
+    static COPIES: Cell<bool> = const { Cell::new(false) };
+}
 
 /// Where bytes go at last, and where they are.
 pub(super) struct Landing {
@@ -26,7 +33,7 @@ pub(super) struct Landing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Due,
-    Underway(ThreadId),
+    Underway,
     Over,
 }
 
@@ -35,12 +42,11 @@ impl Landing {
         Self { target, host, state: Mutex::new(State::Due), news: Condvar::new() }
     }
 
-    /// Whether it is to be waited for. The thread that copies does not wait for itself: a tensor's own `copy_` may use the
-    /// handle.
+    /// Whether it is to be waited for.
     pub(super) fn is_ahead(&self) -> bool {
         match *self.lock() {
             State::Due => true,
-            State::Underway(thread) => thread != thread::current().id(),
+            State::Underway => !COPIES.get(),
             State::Over => false,
         }
     }
@@ -66,7 +72,10 @@ impl Landing {
         if operation.failure().is_some() {
             return Ok(());
         }
-        match self.target.call_method1(py, "copy_", (&self.host,)) {
+        let outer = COPIES.replace(true);
+        let copied = self.target.call_method1(py, "copy_", (&self.host,));
+        COPIES.set(outer);
+        match copied {
             Err(error) if error.is_instance_of::<PyException>(py) => {
                 let reason = shown(error.value(py));
                 let message = format!("what was read cannot be copied to its tensor as it is now: {reason}");
@@ -82,7 +91,7 @@ impl Landing {
         let mut state = self.lock();
         let is_due = *state == State::Due;
         if is_due {
-            *state = State::Underway(thread::current().id());
+            *state = State::Underway;
         }
         is_due
     }
@@ -95,7 +104,7 @@ impl Landing {
     /// Waits for another thread's copy, for a short while.
     fn glance(&self) -> Result<(), Error> {
         let state = self.lock();
-        if matches!(*state, State::Underway(_)) {
+        if *state == State::Underway {
             drop(self.news.wait_timeout(state, GLANCE));
         }
         Ok(())

@@ -67,12 +67,14 @@ impl Operation {
         true
     }
 
-    /// Calls `watcher` when it is over, with nothing locked here, unless it is over already.
+    /// Calls `watcher` once it is over, with nothing locked here.
     pub(super) fn watch(&self, watcher: impl FnOnce() + Send + 'static) {
         let mut state = self.lock();
         if state.missing > 0 {
-            state.watchers.push(Box::new(watcher));
+            return state.watchers.push(Box::new(watcher));
         }
+        drop(state);
+        watcher();
     }
 
     /// Once it is over: what it has read cannot be brought where it is to be.

@@ -1,4 +1,4 @@
-//! Which operations of a handle wait for which (pure).
+//! Which operations of a handle wait for which of its own (pure).
 //!
 //! Two operations that touch the same bytes of a file or of memory, one of them changing these, are carried out in the
 //! order of their calls; all others at the same time. What is read by way of other memory reaches its own only when it
@@ -21,7 +21,7 @@ pub(super) struct Footprint {
     pub(super) direction: Direction,
     pub(super) file: FileKey,
     pub(super) file_range: Range<u64>,
-    /// Whether it is a write that begins or ends within a sector.
+    /// Whether it is a write that begins or ends within a sector, which other handles have to know of.
     pub(super) is_odd: bool,
     /// Addresses.
     pub(super) memory: Range<usize>,

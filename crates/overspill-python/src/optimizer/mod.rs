@@ -230,7 +230,7 @@ impl Optimizer {
         Ok(left.map(|Compared { generation, tensors }| (generation, tensors)))
     }
 
-    fn roll_back(&self, py: Python<'_>, weights: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
+    fn roll_back(&self, py: Python<'_>, weights: Vec<Bound<'_, PyAny>>) -> PyResult<bool> {
         let mut weights = tensors(&weights)?;
         self.with(py, |swapped| swapped.roll_back(&mut weights))
     }

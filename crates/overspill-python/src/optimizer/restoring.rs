@@ -3,6 +3,7 @@
 //! ```text
 //! restore():  lock ─► every byte of the snapshot, compared ─► its manifest is the committed one, durably ─► open
 //! glance():   as many tensors of the last commit as can be compared in a short while ─► how far it has come
+//! check():    all of them, glance by glance
 //! ```
 //!
 //! What `overspill restore` promises: a snapshot that is not whole replaces nothing, a crash leaves the committed generation
@@ -53,7 +54,7 @@ pub(super) fn restore(
         if interrupt.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     if let Some(interrupt) = interrupt {
-        return Err(Error::Interrupted(interrupt));
+        return Err(Error::Raised(interrupt));
     }
     let findings = findings.expect("only an interrupt breaks it off");
     if !findings.is_whole(&target) {
@@ -84,9 +85,12 @@ pub(super) fn glance(
     blocks: Blocks<'_>,
     compared: Compared,
 ) -> Result<Option<Compared>, Error> {
-    let deadline = Instant::now() + GLANCE;
-    let is_over =
-        || if Instant::now() < deadline { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
+    // From the first tensor on: of many, looking up what there is takes its time.
+    let mut deadline = None;
+    let is_over = || match *deadline.get_or_insert_with(|| Instant::now() + GLANCE) {
+        deadline if Instant::now() < deadline => ControlFlow::Continue(()),
+        _ => ControlFlow::Break(()),
+    };
     Ok(store.check_committed(wanted, blocks, compared, is_over)?)
 }
 
@@ -95,7 +99,7 @@ pub(super) fn check(store: &Store, wanted: impl Fn(&str) -> bool, blocks: Blocks
     let mut left = Some(Compared::default());
     while let Some(compared) = left {
         left = glance(store, &wanted, blocks, compared)?;
-        Python::attach(|py| py.check_signals()).map_err(Error::Interrupted)?;
+        Python::attach(|py| py.check_signals()).map_err(Error::Raised)?;
     }
     Ok(())
 }

@@ -61,6 +61,8 @@ pub(super) struct Swapped {
     /// `None` when it was lost: while parameters were added, or between the state's and the weights' way back to a commit.
     swapper: Option<OptimizerSwapper>,
     store: Store,
+    /// The generation that was compared to its end last.
+    compared: Option<u64>,
     transport: Transport,
     /// Spent in steps so far.
     stepping: Duration,
@@ -95,8 +97,8 @@ impl Swapped {
         let store = Store::create_over(&transport.for_store(), options.durability, storage_bytes)?;
         let tiles = pool_for(&plan)?;
         let swapper = Some(OptimizerSwapper::create(&specs, plan, &store, &tiles)?);
-        let (isa, stepping) = (Isa::detect(), Duration::ZERO);
-        Ok(Self { parameters, described, options, isa, swapper, store, transport, stepping })
+        let (isa, compared, stepping) = (Isa::detect(), None, Duration::ZERO);
+        Ok(Self { parameters, described, options, isa, swapper, store, compared, transport, stepping })
     }
 
     /// Takes up what was committed, or a snapshot, and fills `weights`, which are read before, too: damage leaves them as
@@ -138,8 +140,9 @@ impl Swapped {
         restoring::same(&home, &store.meta(), &committed.meta)?;
         let tiles = pool_for(&plan)?;
         let swapper = Some(OptimizerSwapper::open(&specs, plan, &store, &tiles)?);
-        let (isa, stepping) = (Isa::detect(), Duration::ZERO);
-        let opened = Self { parameters, described, options, isa, swapper, store, transport, stepping };
+        let (isa, compared, stepping) = (Isa::detect(), None, Duration::ZERO);
+        let opened =
+            Self { parameters, described, options, isa, swapper, store, compared, transport, stepping };
         opened.check_weights(weights)?;
         if snapshot.is_none() {
             let is_weight = |tensor: &str| tensor.starts_with(weights::PREFIX);

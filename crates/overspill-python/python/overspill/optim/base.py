@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from overspill._native import Optimizer as Native
 from overspill.errors import ArgumentError, StateError
 from overspill.optim import record
@@ -108,14 +110,20 @@ class SwappedOptimizer(Dictionaries):
         self._last_record(native)
         staging = Staging()
         weights = [staging.weight(known.parameter, filled=False) for known in self._by_number]
+        # A handler may commit: then that is compared, too.
+        while not self._went_back(native, staging, weights):
+            pass
+
+    def _went_back(self, native: Native, staging: Staging, weights: list[Tensor]) -> bool:
+        """Compares the last commit and goes back to it, unless there is another one by then."""
         # As long as nothing is changed, signals are handled: between two of these.
         left: tuple[int, int] | None = (0, 0)
         while left is not None:
             left = native.compare(weights, left)
         with uninterrupted():
-            # A handler may have committed.
             found = self._last_record(native)
-            native.roll_back(weights)
+            if not native.roll_back(weights):
+                return False
             try:
                 staging.write_back()
                 bump_versions([known.parameter for known in self._by_number])
@@ -125,6 +133,7 @@ class SwappedOptimizer(Dictionaries):
             self._take_up(found)
             if self._in_backward is not None:
                 self._in_backward.drop()
+            return True
 
     def _last_record(self, native: Native) -> dict[str, Any]:
         """What went with the last commit, which is one of the parameters and groups as they are."""

@@ -114,9 +114,10 @@ class Core(torch.optim.Optimizer):
                 that have no meaning here.
             ArgumentError: for options that cannot be meant.
         """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        with contextlib.ExitStack() as undone:
+        # It joins whole or not at all, whatever signals arrive.
+        with uninterrupted(), contextlib.ExitStack() as undone:
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
             undone.callback(self.param_groups.pop)
             self._refuse_options(group)
             for parameter in group["params"]:
@@ -239,10 +240,7 @@ class Core(torch.optim.Optimizer):
             gradients = [gradient for _, gradient in work.values()]
             scale *= self._clip_factor(gradients, scale, self._config.max_norm)
         with uninterrupted():
-            self._run(native, groups, work, scale)
-            if drops_gradients:
-                for known in work:
-                    known.parameter.grad = None
+            self._run(native, groups, work, scale, drops_gradients)
 
     def _run(
         self,
@@ -250,6 +248,7 @@ class Core(torch.optim.Optimizer):
         groups: list[dict[str, float]],
         work: Mapping[Known, tuple[int, Tensor]],
         scale: float,
+        drops_gradients: bool,
     ) -> None:
         staging = Staging()
         entries: list[tuple[int, int, int, Tensor, Tensor]] = []
@@ -262,6 +261,8 @@ class Core(torch.optim.Optimizer):
             staging.write_back()
             for known in begun:
                 known.steps += 1
+                if drops_gradients:
+                    known.parameter.grad = None
             bump_versions([known.parameter for known in begun])
             entries.clear()
             begun.clear()

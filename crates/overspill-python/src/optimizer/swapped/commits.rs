@@ -40,25 +40,31 @@ impl Swapped {
     /// Reads the last commit for a short while, from where it was `compared`, and compares it: how far it has come, `None`
     /// when that is everything. Nothing is changed, and signals are handled between two calls.
     pub(in super::super) fn compare(
-        &self,
+        &mut self,
         tensors: &[Tensor],
         compared: Compared,
     ) -> Result<Option<Compared>, Error> {
         self.committed_of(tensors)?;
-        restoring::glance(&self.store, |_| true, weights::blocks(&self.transport.pool), compared)
+        let generation = self.store.generation();
+        let left = restoring::glance(&self.store, |_| true, weights::blocks(&self.transport.pool), compared)?;
+        self.compared = left.is_none().then_some(generation);
+        Ok(left)
     }
 
-    /// Goes back to the last commit, which was compared before: damage changes nothing. What fails here leaves no state,
-    /// until this succeeds.
-    pub(in super::super) fn roll_back(&mut self, tensors: &mut [Tensor]) -> Result<(), Error> {
+    /// Goes back to the last commit, if that is the one that was compared last: damage changes nothing. What fails here leaves
+    /// no state, until this succeeds.
+    pub(in super::super) fn roll_back(&mut self, tensors: &mut [Tensor]) -> Result<bool, Error> {
         let committed = self.committed_of(tensors)?;
+        if self.compared != Some(self.store.generation()) {
+            return Ok(false);
+        }
         let swapper = match self.swapper.take() {
             Some(mut swapper) => swapper.roll_back().map(|()| swapper)?,
             None => self.reopen(&committed)?,
         };
         weights::load(&self.store, &self.transport.pool, tensors)?;
         self.swapper = Some(swapper);
-        Ok(())
+        Ok(true)
     }
 
     /// What went with the last commit, if it is of these parameters.
