@@ -40,6 +40,20 @@ def test_what_grows_a_file_by_two_handles_leaves_it_as_long_as_the_longer_one(tm
         )
 
 
+def test_what_would_go_straight_to_the_engine_waits_behind_what_its_handle_waits_for(tmp_path, backend):
+    first, second = (overspill.aio_handle(backend=backend) for _ in range(2))
+    near, far = random_bytes(1001, 1), pinned(second, random_bytes(2 * SECTOR, 2))
+    for number in range(150):
+        path = tmp_path / str(number)
+        first.async_pwrite(near, path, 3)
+        # This one waits for the other handle, and the next behind it.
+        second.async_pwrite(far[:1], path, 8 * SECTOR - 1)
+        second.async_pwrite(far, path, 8 * SECTOR)
+        assert first.wait() == 1 and second.wait() == 2
+        before = bytes(3) + bytes(near.numpy()) + bytes(8 * SECTOR - 1005) + bytes(far[:1].numpy())
+        assert path.read_bytes() == before + bytes(far.numpy()), number
+
+
 def test_many_handles_and_threads_on_one_file_end_and_lose_nothing(tmp_path):
     path, count, lengths = tmp_path / "file", 6, random.Random(7)
     # Some ranges are whole sectors, and some are not; they lie one behind the other.
