@@ -4,7 +4,9 @@
 mod apart;
 mod buffers;
 mod carried;
+mod closed;
 mod displaced;
+mod examination;
 mod folder;
 mod full;
 mod generations;
