@@ -10,7 +10,7 @@
 //! every operation is waited for once by each other handle, and looked at once. The lock is taken by whoever has the GIL, so a
 //! fork finds it free, and forgets what its parent was doing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -85,6 +85,9 @@ impl Traffic {
         self.files.retain(|_, lane| {
             let is_going_on = |entry: &Entry| entry.operation.upgrade().is_some_and(|found| !found.is_over());
             lane.entries.retain(is_going_on);
+            // Of whom nothing goes on here, nothing waits here.
+            let handles: BTreeSet<_> = lane.entries.iter().map(|entry| entry.handle).collect();
+            lane.seen.retain(|handle, _| handles.contains(handle));
             !lane.entries.is_empty()
         });
         self.count = self.files.values().map(|lane| lane.entries.len()).sum();
