@@ -414,8 +414,7 @@ def _check_extent(buffer: torch.Tensor) -> None:
     """
     if buffer.device.type != "cpu" or buffer.is_nested or not buffer.numel():
         return
-    last = sum((size - 1) * stride for size, stride in zip(buffer.shape, buffer.stride()))
-    needed = (buffer.storage_offset() + last + 1) * buffer.element_size()
+    needed = buffer.storage_offset() * buffer.element_size() + _span(buffer)
     try:
         has = buffer.untyped_storage().nbytes()
     except RuntimeError as error:
@@ -432,12 +431,17 @@ def _reach(buffer: torch.Tensor) -> tuple[int, int]:
         if buffer.is_nested:
             storage = buffer.untyped_storage()
             return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-        last = sum((size - 1) * stride for size, stride in zip(buffer.shape, buffer.stride()))
         start = buffer.data_ptr()
-        return start, start + (last + 1) * buffer.element_size() if buffer.numel() else start
+        return start, start + _span(buffer)
     except RuntimeError:
         # Where it is, only its device knows: it may be anywhere.
         return 0, sys.maxsize
+
+
+def _span(buffer: torch.Tensor) -> int:
+    """Bytes from the tensor's first element to behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(buffer.shape, buffer.stride()))
+    return (last + 1) * buffer.element_size() if buffer.numel() else 0
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
